@@ -1,0 +1,88 @@
+"""GIFt: adapt any pre-trained PyTorch model by training a small part of it.
+
+The public names below are loaded on first use, so that ``import gift_core`` and the listing commands need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "adapter_file": ("AdapterInfo", "load_adapter", "read_adapter_info", "save_adapter"),
+    "caps": ("Cap", "Caps"),
+    "errors": ("GiftError", "GiftWarning"),
+    "info": ("Report", "collect_trainable_parameters", "table_info"),
+    "iterator": ("ModuleIterator", "ModuleSite", "ParameterSite"),
+    "merging": ("merge", "merge_and_unload", "merged", "unmerge"),
+    "plan": ("TuningPlan", "plan_fine_tuning"),
+    "plugins": ("register_strategy",),
+    "reparameterization": ("Reparameterization", "adopt"),
+    "state_dict": ("full_state_dict",),
+    "strategy": ("FineTuningStrategy", "FullFineTuningStrategy", "merge_strategies", "strategy_from_config"),
+    "tuning": ("disable_fine_tuning", "enable_fine_tuning", "tuning_disabled"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+if TYPE_CHECKING:
+    from gift_core.adapter_file import AdapterInfo, load_adapter, read_adapter_info, save_adapter
+    from gift_core.caps import Cap, Caps
+    from gift_core.errors import GiftError, GiftWarning
+    from gift_core.info import Report, collect_trainable_parameters, table_info
+    from gift_core.iterator import ModuleIterator, ModuleSite, ParameterSite
+    from gift_core.merging import merge, merge_and_unload, merged, unmerge
+    from gift_core.plan import TuningPlan, plan_fine_tuning
+    from gift_core.plugins import register_strategy
+    from gift_core.reparameterization import Reparameterization, adopt
+    from gift_core.state_dict import full_state_dict
+    from gift_core.strategy import FineTuningStrategy, FullFineTuningStrategy, merge_strategies, strategy_from_config
+    from gift_core.tuning import disable_fine_tuning, enable_fine_tuning, tuning_disabled
+
+__all__ = [
+    "AdapterInfo",
+    "Cap",
+    "Caps",
+    "FineTuningStrategy",
+    "FullFineTuningStrategy",
+    "GiftError",
+    "GiftWarning",
+    "ModuleIterator",
+    "ModuleSite",
+    "ParameterSite",
+    "Reparameterization",
+    "Report",
+    "TuningPlan",
+    "__version__",
+    "adopt",
+    "collect_trainable_parameters",
+    "disable_fine_tuning",
+    "enable_fine_tuning",
+    "full_state_dict",
+    "load_adapter",
+    "merge",
+    "merge_and_unload",
+    "merge_strategies",
+    "merged",
+    "plan_fine_tuning",
+    "read_adapter_info",
+    "register_strategy",
+    "save_adapter",
+    "strategy_from_config",
+    "table_info",
+    "tuning_disabled",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gift_core' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"gift_core.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

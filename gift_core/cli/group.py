@@ -1,0 +1,61 @@
+"""The command ``gift``: its verbs, and how an error ends it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from gift_core.cli.models import ModelNotFoundError
+from gift_core.errors import AdapterNotFoundError, GiftError, PluginConflictError, UnknownStrategyError
+from gift_core.plugins import UnknownDemoError
+
+#: The verbs in the order of ``gift --help``; each is the file and the function of its name.
+VERBS = ("list", "show", "inspect", "info", "merge", "demo")
+
+#: These end the command with code 3; every other error of ours with 1, and wrong usage with 2.
+NOT_FOUND = (UnknownStrategyError, UnknownDemoError, PluginConflictError, AdapterNotFoundError, ModelNotFoundError)
+
+
+class VerbGroup(click.Group):
+    """A group that imports a verb's file when the verb, or the help that lists it, is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order in which a user meets them."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a verb, None if there is no such verb."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"gift_core.cli.{cmd_name}_verb").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; an error of GIFt's becomes one message and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except GiftError as error:
+            failure = click.ClickException(str(error))
+            failure.exit_code = 3 if isinstance(error, NOT_FOUND) else 1
+            raise failure from error
+
+
+def _version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"gift {version('gift-core')}")
+        ctx.exit()
+
+
+@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
+def main() -> None:
+    """Adapt any pre-trained PyTorch model by training a small part of it.
+
+    Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 not found or in conflict.
+    """

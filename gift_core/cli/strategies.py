@@ -1,0 +1,95 @@
+"""Options that choose a strategy and its parameters: from text to a strategy."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gift_core.plugins import load_strategy
+from gift_core.plugins.registry import nearest
+
+if TYPE_CHECKING:
+    from gift_core.strategy import FineTuningStrategy
+
+
+def strategy_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a verb that takes a strategy; it gets ``strategy``, ``settings``, ``target`` and ``exclude``."""
+    options = (
+        click.option("--strategy", required=True, metavar="NAME", help='A name from "gift list".'),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="A parameter, as in rank=8; the value is JSON or text.",
+        ),
+        click.option(
+            "--target", multiple=True, metavar="PATTERN", help="Adapt only what matches: a glob, re:..., type:... or layer:..."
+        ),
+        click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out what matches."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def build_strategy(name: str, settings: Sequence[str], target: Sequence[str], exclude: Sequence[str]) -> FineTuningStrategy:
+    """Make the strategy that the options describe.
+
+    Raises:
+        PluginError: if there is no such strategy, or it cannot be loaded.
+        StrategyError: if a value is not allowed.
+        click.UsageError: if a parameter is malformed, unknown or given twice; the message has the nearest names.
+    """
+    parameters = _parse(settings)
+    for key, patterns in (("targets", target), ("exclude", exclude)):
+        if patterns and key in parameters:
+            raise click.UsageError(f"{key} is given twice, by --set {key}=... and by --{key.removesuffix('s')}.")
+        if patterns:
+            parameters[key] = list(patterns)
+    _refuse_unknown(name, parameters)
+    from gift_core.strategy import strategy_from_config
+
+    return strategy_from_config({"name": name, "parameters": parameters})
+
+
+def _parse(settings: Sequence[str]) -> dict[str, Any]:
+    parameters: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise click.BadParameter(f"{setting!r} is not of the form KEY=VALUE, as in rank=8.", param_hint="--set")
+        if key.strip() in parameters:
+            raise click.BadParameter(f"{key.strip()!r} is given twice.", param_hint="--set")
+        parameters[key.strip()] = _value(text)
+    return parameters
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _refuse_unknown(name: str, parameters: Mapping[str, Any]) -> None:
+    factory = load_strategy(name)
+    if not callable(factory):
+        return  # building it tells
+    known = inspect.signature(factory).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for key in parameters:
+        if key not in known:
+            similar = nearest(key, known)
+            question = f"; did you mean {similar[0]!r}?" if similar else "."
+            allowed = f"Its parameters: {', '.join(known) or 'none'}."
+            raise click.BadParameter(f"strategy {name!r} has no parameter {key!r}{question} {allowed}", param_hint=_option(key))
+
+
+def _option(key: str) -> str:
+    return {"targets": "--target", "exclude": "--exclude"}.get(key, "--set")

@@ -1,0 +1,94 @@
+"""Walking a model one level at a time, and the positional contracts of a site.
+
+A site is a place in the model that a cap may match: a module under its parent, or a parameter of a module. Nothing here decides
+anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from gift_core.errors import ModelError
+
+
+class ChildModule(NamedTuple):
+    """A direct child as `ModuleIterator` yields it."""
+
+    current_name: str
+    global_name: str
+    class_name: str
+    current_module: nn.Module
+    has_children: bool
+
+
+class ModuleSite(NamedTuple):
+    """The positional arguments of a check or action on a module. The root has no parent and empty names."""
+
+    parent_module: nn.Module | None
+    current_name: str
+    global_name: str
+    class_name: str
+    current_module: nn.Module
+
+    @property
+    def full_name(self) -> str:
+        """The dotted name of the module below the root."""
+        return self.global_name
+
+
+class ParameterSite(NamedTuple):
+    """The positional arguments of a check or action on a parameter: its module's site, then its name and itself."""
+
+    parent_module: nn.Module | None
+    current_name: str
+    global_name: str
+    class_name: str
+    current_module: nn.Module
+    parameter_name: str
+    parameter: nn.Parameter
+
+    @property
+    def full_name(self) -> str:
+        """The dotted name of the parameter below the root."""
+        return join_name(self.global_name, self.parameter_name)
+
+
+def join_name(parent_name: str, name: str) -> str:
+    """Join two parts of a dotted name; an empty parent adds no leading dot."""
+    return f"{parent_name}.{name}" if parent_name else name
+
+
+class ModuleIterator:
+    """The direct children of a module, with the names a user knows them by.
+
+    Iterating yields ``(current_name, global_name, class_name, current_module, has_children)`` for each child that is not None,
+    in the order of registration. It can be iterated again and has a length.
+
+    Args:
+        module: the module whose children are wanted.
+        parent_name: put before each child's name with a dot; nothing is put before it when empty.
+
+    Raises:
+        ModelError: if ``module`` is no `torch.nn.Module`.
+    """
+
+    def __init__(self, module: nn.Module, parent_name: str = "") -> None:
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"ModuleIterator needs a torch.nn.Module, got {type(module).__name__}: pass the model itself.")
+        self.module = module
+        self.parent_name = parent_name
+
+    def __iter__(self) -> Iterator[ChildModule]:
+        for name, child in self.module._modules.items():
+            if child is not None:
+                has_children = any(grandchild is not None for grandchild in child._modules.values())
+                yield ChildModule(name, join_name(self.parent_name, name), type(child).__name__, child, has_children)
+
+    def __len__(self) -> int:
+        return sum(child is not None for child in self.module._modules.values())
+
+    def __repr__(self) -> str:
+        return f"ModuleIterator({type(self.module).__name__}, parent_name={self.parent_name!r})"

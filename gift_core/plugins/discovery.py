@@ -1,0 +1,247 @@
+"""What is installed, read from metadata alone: no plugin code runs here.
+
+A provider is one entry point of one distribution. An entry that cannot be read is kept as broken, so that it can be shown and
+never stops another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+#: The entry-point group of strategies: a name and the class, or the function, that makes one.
+STRATEGIES = "gift.strategies"
+#: The entry-point group of the programs behind ``gift demo``: a name and a function ``main(argv) -> int``.
+DEMOS = "gift.demos"
+
+_SECTION = re.compile(r"\[(?P<group>[^\[\]]+)\]")
+_ENTRY = re.compile(r"(?P<name>[^=]*[^=\s])\s*=\s*(?P<value>.*)")
+_VALUE = re.compile(r"(?P<module>\w+(?:\.\w+)*)\s*(?::\s*(?P<attribute>\w+(?:\.\w+)*)\s*)?(?:\[[^\[\]]*\])?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """One entry point of one installed distribution, as its metadata states it.
+
+    Attributes:
+        name: the entry point's name, which is how users call what it provides.
+        value: ``module:attribute``.
+        group: the entry-point group.
+        distribution: the package's name as it writes it; empty for what `register_strategy` was given.
+        version: the package's version; empty likewise.
+        summary: the package's one line about itself.
+    """
+
+    name: str
+    value: str
+    group: str
+    distribution: str
+    version: str
+    summary: str
+
+    @property
+    def identity(self) -> str:
+        """``distribution:name``, which no other package can provide."""
+        return f"{self.distribution}:{self.name}"
+
+    @property
+    def module(self) -> str:
+        """The module that the entry point names."""
+        return self.value.partition(":")[0].partition("[")[0].strip()
+
+    @property
+    def attribute(self) -> str:
+        """What the entry point names inside of its module; empty if it names a module only."""
+        return self.value.partition(":")[2].partition("[")[0].strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class BrokenEntry:
+    """Something in a group that cannot be used, and why.
+
+    Attributes:
+        name: the entry point's name, as far as one can be read.
+        value: its value, likewise.
+        group: the entry-point group.
+        distribution: the package's name, or the place of its metadata where it states none.
+        version: the package's version, if it states one.
+        reason: what is wrong with it.
+    """
+
+    name: str
+    value: str
+    group: str
+    distribution: str
+    version: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Discovery:
+    """All that the installed distributions say about one group, sorted by name."""
+
+    providers: tuple[Provider, ...]
+    broken: tuple[BrokenEntry, ...]
+
+    @property
+    def conflicts(self) -> dict[str, tuple[Provider, ...]]:
+        """The names that more than one distribution provides."""
+        names: dict[str, list[Provider]] = {}
+        for provider in self.providers:
+            names.setdefault(provider.name, []).append(provider)
+        return {name: tuple(same) for name, same in names.items() if len(same) > 1}
+
+
+def normalise(distribution: str) -> str:
+    """The form in which two spellings of one distribution's name are equal, as in ``Gift_Core`` and ``gift-core``."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def providers(group: str = STRATEGIES) -> list[Provider]:
+    """List what the installed distributions provide in a group, by name; imports none of it."""
+    return list(discover(group).providers)
+
+
+def discover(group: str = STRATEGIES) -> Discovery:
+    """Read a group from every installed distribution.
+
+    Where a distribution is installed twice the first on ``sys.path`` counts, because its code is what an import finds. What
+    cannot be read is in ``broken``; nothing raises.
+    """
+    found: dict[str, Provider] = {}
+    broken: list[BrokenEntry] = []
+    for entry in _entries(group):
+        if isinstance(entry, BrokenEntry):
+            broken.append(entry)
+            continue
+        key = f"{normalise(entry.distribution)}:{entry.name}"
+        if key in found:
+            broken.append(_broken(entry, f"the same package already gives this name the value {found[key].value!r}"))
+        else:
+            found[key] = entry
+    return Discovery(
+        tuple(sorted(found.values(), key=lambda one: (one.name, normalise(one.distribution)))),
+        tuple(sorted(broken, key=lambda one: (one.distribution, one.name))),
+    )
+
+
+def details(provider: Provider) -> dict[str, Any]:
+    """What the provider's package says about itself: home page, licence, author, the Python it needs, where it is installed.
+
+    Only what it states is there. Empty for a provider that `register_strategy` was given.
+    """
+    if not provider.distribution:
+        return {}
+    # the backport replaces the path finder of the whole process, so that it is imported on use and nowhere else
+    import importlib_metadata
+
+    distribution = importlib_metadata.distribution(provider.distribution)
+    metadata = distribution.metadata
+    links = dict(_link(text) for text in metadata.get_all("Project-URL") or [])
+    home = next((url for label, url in links.items() if label.lower() in {"homepage", "home", "home-page"}), None)
+    facts = {
+        "home_page": metadata.get("Home-page") or home or next(iter(links.values()), None),
+        "license": metadata.get("License-Expression") or metadata.get("License"),
+        "author": metadata.get("Author") or metadata.get("Author-email"),
+        "requires_python": metadata.get("Requires-Python"),
+        "location": str(distribution.locate_file("")),
+    }
+    return {key: value for key, value in facts.items() if value and value != "UNKNOWN"}
+
+
+def _link(text: str) -> tuple[str, str]:
+    label, _, url = text.partition(",")
+    return label.strip(), url.strip()
+
+
+def _entries(group: str) -> Iterator[Provider | BrokenEntry]:
+    # the backport replaces the path finder of the whole process, so that it is imported on use and nowhere else
+    import importlib_metadata
+
+    seen: set[str] = set()
+    for distribution in importlib_metadata.distributions():
+        try:
+            lines = _lines(distribution.read_text("entry_points.txt") or "", group)
+        except Exception as error:
+            yield BrokenEntry("", "", group, _place(distribution), "", f"its entry points cannot be read: {error}")
+            continue
+        if lines:
+            yield from _of_distribution(distribution, lines, group, seen)
+
+
+def _of_distribution(distribution: Any, lines: list[str], group: str, seen: set[str]) -> Iterator[Provider | BrokenEntry]:
+    try:
+        name, version, summary = _identity(distribution)
+    except Exception as error:
+        yield BrokenEntry("", "", group, _place(distribution), "", f"its metadata cannot be read: {error}")
+        return
+    if not name:
+        yield BrokenEntry("", "", group, _place(distribution), version, "its metadata states no name")
+        return
+    if normalise(name) in seen or _is_shadowed(distribution, name):
+        return
+    seen.add(normalise(name))
+    yield from (_entry(line, group, name, version, summary) for line in lines)
+
+
+def _identity(distribution: Any) -> tuple[str, str, str]:
+    metadata = distribution.metadata or {}  # None without a metadata file, in some versions of the backport
+    # a missing field is None for [] in some versions and a KeyError in others; get() gives None in all
+    return _one_line(metadata.get("Name")), _one_line(metadata.get("Version")), _one_line(metadata.get("Summary"))
+
+
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split()) if text is not None else ""
+    return "" if line == "UNKNOWN" else line
+
+
+def _is_shadowed(distribution: Any, name: str) -> bool:
+    # another copy, earlier on sys.path, is the one that is imported, be it without entry points
+    import importlib_metadata
+
+    try:
+        first = importlib_metadata.distribution(name)
+        return bool(first.locate_file("") != distribution.locate_file(""))
+    except Exception:
+        return False  # a finder of its own kind, which knows no files: then there is nothing to compare
+
+
+def _place(distribution: Any) -> str:
+    try:
+        return str(distribution)
+    except Exception:
+        return type(distribution).__name__
+
+
+def _lines(text: str, group: str) -> list[str]:
+    if group not in text:
+        return []
+    current, result = "", []
+    for line in _content(text.splitlines()):
+        if section := _SECTION.fullmatch(line):
+            current = section["group"].strip()
+        elif current == group:
+            result.append(line)
+    return result
+
+
+def _content(lines: Iterable[str]) -> Iterator[str]:
+    return (line for line in map(str.strip, lines) if line and not line.startswith(("#", ";")))
+
+
+def _entry(line: str, group: str, distribution: str, version: str, summary: str) -> Provider | BrokenEntry:
+    match = _ENTRY.fullmatch(line)
+    if match is None:
+        return BrokenEntry("", line, group, distribution, version, f"{line!r} is no entry of the form name = module:attribute")
+    provider = Provider(match["name"], match["value"].strip(), group, distribution, version, summary)
+    if ":" in provider.name:
+        return _broken(provider, f"the name {provider.name!r} has a colon, which separates a distribution from a name")
+    if _VALUE.fullmatch(provider.value) is None:
+        return _broken(provider, f"its entry point {provider.value!r} is not of the form module:attribute")
+    return provider
+
+
+def _broken(provider: Provider, reason: str) -> BrokenEntry:
+    return BrokenEntry(provider.name, provider.value, provider.group, provider.distribution, provider.version, reason)

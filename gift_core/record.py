@@ -1,0 +1,158 @@
+"""What tuning leaves on a model: how to undo it, and what belongs to the adapter.
+
+The record is a plain attribute of the tuned root, made of names, tensors and modules, so that a deep copy or a pickle of the model
+carries a record of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift_core.errors import StateError
+from gift_core.info import Report
+from gift_core.iterator import join_name
+from gift_core.reparameterization import adoptions_of
+from gift_core.structure import Change
+
+_ATTRIBUTE = "_gift_tuning"
+
+
+@dataclasses.dataclass
+class Original:
+    """A tensor that training moves, as it was before: where it lives, its value, and whether a parameter or buffer holds it."""
+
+    module: nn.Module
+    name: str
+    full_name: str
+    value: Tensor
+    is_buffer: bool
+
+    def current(self) -> Tensor | None:
+        """The tensor that is there now."""
+        return (self.module._buffers if self.is_buffer else self.module._parameters).get(self.name)
+
+    def has_moved(self) -> bool:
+        """Whether the tensor differs from what it was, bit for bit."""
+        now = self.current()
+        return now is not None and not _same_bits(now.detach(), self.value.to(now.device, now.dtype))
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    # a NaN that stayed has not moved, so bits are compared
+    return left.shape == right.shape and torch.equal(_bytes(left), _bytes(right))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+@dataclasses.dataclass
+class Tuning:
+    """The record of one tuned model.
+
+    Attributes:
+        config: the strategy as data, None where it has no such form; ``strategy`` is its text.
+        structure: digest of the base model's names and shapes.
+        report: what enabling did.
+        changes: the structural changes to undo.
+        flags: every original parameter's ``requires_grad``, as (module, name, flag).
+        originals: values before tuning of what training moves: kept parameters and buffers.
+        adapter: keys of the tensors that tuning added. ``trained`` are all trainable keys, those included; ``frozen`` the rest of
+            the base's parameters; ``statistics`` the buffers of normalisation layers; ``buffers`` other persistent buffers.
+        has_originals: False when ``keep_originals=False`` left the values of kept parameters out.
+        merged: whether weights are merged. ``paused``: whether `tuning_disabled` is active. ``full``: whether state dicts hold all.
+    """
+
+    config: dict[str, Any] | None
+    strategy: str
+    structure: str
+    report: Report
+    changes: list[Change]
+    flags: list[tuple[nn.Module, str, bool]]
+    originals: list[Original]
+    adapter: list[str]
+    trained: list[str]
+    frozen: list[str]
+    statistics: list[str]
+    buffers: list[str]
+    has_originals: bool = True
+    merged: bool = False
+    paused: bool = False
+    full: bool = False
+
+
+def find_tuning(module: nn.Module) -> Tuning | None:
+    """The record of this very module, or None if it is no tuned root."""
+    found: Tuning | None = module.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def tuning_of(module: nn.Module) -> Tuning:
+    """The record of this very module.
+
+    Raises:
+        StateError: if it is no tuned root.
+    """
+    tuning = find_tuning(module)
+    if tuning is None:
+        raise StateError(f"this {type(module).__name__} is not tuned: call enable_fine_tuning(model, strategy) first.")
+    return tuning
+
+
+def set_tuning(module: nn.Module, tuning: Tuning | None) -> None:
+    """Attach a record to a root, or take it away."""
+    if tuning is None:
+        module.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        module.__dict__[_ATTRIBUTE] = tuning
+
+
+def tuned_root(module: nn.Module) -> nn.Module:
+    """The tuned model in ``module``: itself, or the only one inside it (a DDP or torch.compile wrapper, a larger model).
+
+    Raises:
+        StateError: if there is none, or more than one, or a `tuning_disabled` context is active on it.
+    """
+    if not isinstance(module, nn.Module):
+        raise StateError(f"expected a tuned torch.nn.Module, got {type(module).__name__}.")
+    roots = [(name, child) for name, child in module.named_modules() if find_tuning(child) is not None]
+    if not roots:
+        tuning_of(module)  # raises
+    if len(roots) > 1 and roots[0][1] is not module:
+        names = ", ".join(repr(name) for name, _ in roots)
+        raise StateError(f"{type(module).__name__} holds several tuned models ({names}): pass the one you mean.")
+    root = roots[0][1]
+    if tuning_of(root).paused:
+        raise StateError("tuning is switched off by tuning_disabled(model) just now: leave that context first.")
+    return root
+
+
+def adopted_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every adopted module once, with its full name below ``root``."""
+    return ((name, module) for name, module in root.named_modules() if adoptions_of(module))
+
+
+def named_tensors(root: nn.Module, *, buffers: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every parameter, or every buffer, as ``(key, module, name, tensor)`` under each key that a state dict gives it."""
+    for prefix, module in root.named_modules(remove_duplicate=False):
+        for name, tensor in (module._buffers if buffers else module._parameters).items():
+            if tensor is not None:
+                yield join_name(prefix, name), module, name, tensor
+
+
+def structure_digest(root: nn.Module) -> str:
+    """A digest of the names and shapes of a plain model's parameters and persistent buffers."""
+    shapes = [(key, list(tensor.shape)) for key, _, _, tensor in named_tensors(root, buffers=False)]
+    shapes += [
+        (key, list(buffer.shape))
+        for key, module, name, buffer in named_tensors(root, buffers=True)
+        if name not in module._non_persistent_buffers_set
+    ]
+    return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()

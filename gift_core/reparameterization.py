@@ -1,0 +1,372 @@
+"""In-place adoption: a layer keeps its identity and its keys, and computes with an effective weight.
+
+Adopting changes one thing, the layer's class, to a generated subclass ``(Method, OriginalClass)`` on which each adapted name is a
+property that gives the effective weight, while ``_parameters[name]`` keeps the frozen one. Whatever reads ``self.weight`` is
+therefore right, hooks and references stay valid, and the base model's keys never change.
+
+Nothing here knows strategies, caps or how a model is walked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gift_core.errors import SiteError, StateError
+
+#: How an adopted module is spelt: each adapted name with its method, in order of adoption.
+Adoptions = tuple[tuple[str, "type[Reparameterization]"], ...]
+
+if TYPE_CHECKING:
+    _Mixin = nn.Module  # at run time a method stands in front of the layer's own class and must not bring nn.Module with it
+else:
+    _Mixin = object
+
+
+class Reparameterization(_Mixin):
+    """Base class of methods that replace a frozen weight by a function of it.
+
+    A method writes two functions. ``self`` is the adopted layer, so that its own attributes (``self.groups``, ``self.training``) can
+    be read; what the method registers on ``self`` becomes part of the layer. For a weight of another name than ``weight`` the core
+    keeps what is registered apart under a prefix (``weight_ih_l0_lora_A``); the two functions stay the same.
+
+    A method may also override ``forward`` where that beats building the weight. It then serves ``weight`` only, and the property
+    must be right alone, because instance-level replacements of ``forward`` bypass the class.
+    """
+
+    _adoptions: ClassVar[Adoptions]
+    _original_class: ClassVar[type[nn.Module]]
+    _is_merged: ClassVar[bool]
+
+    @classmethod
+    def specialize(cls, module: nn.Module) -> type[Reparameterization]:
+        """Choose the class that adapts this module; a method with a faster ``forward`` for one kind of layer answers with it."""
+        return cls
+
+    @classmethod
+    def examine(cls, module: nn.Module, name: str, weight: Tensor, **params: Any) -> str | None:
+        """Say at planning time, before anything changes, whether ``weight`` can be adapted.
+
+        Args:
+            module: the layer, untouched.
+            name: the parameter's name in it.
+            weight: the frozen weight.
+            **params: what `init_parameters` would get.
+
+        Returns:
+            A caution that the user should read, or None.
+
+        Raises:
+            SiteError: if it cannot; say why, the core adds where.
+        """
+        return None
+
+    def init_parameters(self, weight: Tensor, **params: Any) -> None:
+        """Register the trainable parameters on ``self``. ``weight`` must not be changed."""
+        raise NotImplementedError
+
+    def reparameterize(self, weight: Tensor) -> Tensor:
+        """Give the effective weight, of the same shape as the frozen ``weight``."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # a generated class cannot be found by name: name the classes it is made of instead
+        cls = type(self)
+        return _rebuild, (cls._original_class, cls._adoptions, cls._is_merged), self.__getstate__()
+
+
+def adopt(module: nn.Module, method: type[Reparameterization], names: Iterable[str] = ("weight",), **params: Any) -> None:
+    """Let ``method`` take over the named weights of ``module``, in place; they are frozen.
+
+    Args:
+        module: a layer; adopted modules may be adopted again for further names.
+        method: a subclass of `Reparameterization`.
+        names: parameters of the module.
+        **params: handed to ``method.init_parameters``.
+
+    Raises:
+        SiteError: if a name is no dense floating-point parameter of the module or is adapted already, the class cannot be
+            extended, or the method overwrites an attribute the layer already has.
+    """
+    method = method.specialize(module)
+    for name in names:
+        weight = adoptable_parameter(module, name)
+        weight.requires_grad_(False)
+        was = adoptions_of(module)
+        _set_class(module, original_class_of(module), (*was, (name, method)))
+        owner = module if name == "weight" else _scope_class(method)(module, f"{name}_")
+        _guarded_init(module, owner, method, weight, params)
+
+
+def adoptable_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter behind ``name``, if it can be adapted at all.
+
+    Raises:
+        SiteError: if not; the message gives the reason.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise SiteError("it is scripted: adapt the model before torch.jit.script.")
+    if any(name == adopted for adopted, _ in adoptions_of(module)):
+        raise SiteError(f"its {name!r} is adapted already: each weight takes one method.")
+    weight = module._parameters.get(name)
+    if weight is None:
+        if hasattr(nn.utils, "parametrize") and nn.utils.parametrize.is_parametrized(module, name):
+            raise SiteError(f"its {name!r} is computed by torch.nn.utils.parametrize: remove the parametrization, or exclude it.")
+        own = ", ".join(key for key, value in module._parameters.items() if value is not None) or "none"
+        raise SiteError(f"it has no parameter {name!r} (its own: {own}): name one of these, or exclude it.")
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        raise SiteError(f"its {name!r} has no shape yet: run one forward pass first.")
+    if is_opaque(weight) or weight.layout is not torch.strided:
+        raise SiteError(f"its {name!r} is no dense floating-point tensor ({type(weight).__name__}, {weight.dtype}): exclude it.")
+    if weight.is_meta:
+        raise SiteError(f"its {name!r} is on the meta device: load the base weights before you enable.")
+    return weight
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether a weight must be handed out as it is: FSDP2's or tensor parallel's own handle, or packed by a quantiser."""
+    # by name, because importing torch.distributed.tensor costs more than all of GIFt
+    return type(tensor).__name__ == "DTensor" or not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def is_adopted(module: nn.Module) -> bool:
+    """Whether a method has taken over a weight of this very module."""
+    return isinstance(module, Reparameterization)
+
+
+def adoptions_of(module: nn.Module) -> Adoptions:
+    """The adapted names of a module and their methods; empty for a plain one."""
+    return module._adoptions if isinstance(module, Reparameterization) else ()
+
+
+def original_class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that the module has without GIFt."""
+    return module._original_class if isinstance(module, Reparameterization) else type(module)
+
+
+def set_merged(module: nn.Module, merged: bool) -> None:
+    """Switch an adopted module between computing its effective weights and reading them from ``merged_*`` buffers.
+
+    The frozen parameter is kept in either state, so that going back restores its exact bits. A reader on another thread sees the
+    right weight at every moment: the buffers are there before the class that reads them, and go after it.
+    """
+    names = [name for name, _ in adoptions_of(module)]
+    if merged:
+        for name in names:
+            module.register_buffer(_merged_name(name), _detached(module, name), persistent=False)
+        module._gift_merge_stamp = _stamp(module)  # type: ignore[assignment]
+        _set_class(module, original_class_of(module), adoptions_of(module), merged=True)
+    else:
+        _set_class(module, original_class_of(module), adoptions_of(module))
+        for name in names:
+            module._buffers.pop(_merged_name(name), None)
+            module._non_persistent_buffers_set.discard(_merged_name(name))
+        module.__dict__.pop("_gift_merge_stamp", None)
+
+
+def effective_weight(module: nn.Module, name: str) -> Tensor:
+    """Compute the effective weight behind an adopted name from the frozen one, merged or not."""
+    method = dict(adoptions_of(module))[name]
+    frozen = module._parameters[name]
+    assert frozen is not None  # adoption checked it
+    owner = module if name == "weight" else _scope_class(method)(module, f"{name}_")
+    return _compute(method, owner, frozen, name)
+
+
+# --- generated classes
+
+
+def _rebuild(original: type[nn.Module], adoptions: Adoptions, merged: bool) -> nn.Module:
+    cls = _adopted_class(original, adoptions, merged)
+    return cls.__new__(cls)
+
+
+def _set_class(module: nn.Module, original: type[nn.Module], adoptions: Adoptions, merged: bool = False) -> None:
+    try:
+        module.__class__ = _adopted_class(original, adoptions, merged)
+    except TypeError as error:
+        raise SiteError(f"its class {original.__name__} cannot be extended ({error}): exclude it.") from error
+
+
+@functools.cache
+def _adopted_class(original: type[nn.Module], adoptions: Adoptions, merged: bool) -> type[nn.Module]:
+    methods = tuple(dict.fromkeys(method for _, method in adoptions))
+    body: dict[str, Any] = {
+        "_original_class": original,
+        "_adoptions": adoptions,
+        "_is_merged": merged,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
+    if merged:
+        body |= _original_behaviour(original, methods)
+    for name, method in adoptions:
+        body[name] = _merged_property(name) if merged else _effective_property(name, method)
+    recurrent = (_RecurrentReads,) if issubclass(original, nn.RNNBase) else ()
+    return type(_class_name(methods[0], original), (*methods, *recurrent, original), body)
+
+
+def _class_name(method: type, original: type[nn.Module]) -> str:
+    family = next(cls for cls in method.__mro__ if Reparameterization in cls.__bases__)
+    return f"{family.__name__}{original.__name__}"
+
+
+def _original_behaviour(original: type[nn.Module], methods: tuple[type, ...]) -> dict[str, Any]:
+    # merged weights run through the layer's own code, so that nothing of a method is added to them
+    overridden = {
+        name
+        for method in methods
+        for cls in method.__mro__[: method.__mro__.index(Reparameterization)]
+        for name in vars(cls)
+        if not name.startswith("__") and hasattr(original, name) and name != "extra_repr"
+    }
+    return {name: getattr(original, name) for name in overridden}
+
+
+def _effective_property(name: str, method: type[Reparameterization]) -> property:
+    scope, prefix = (None, "") if name == "weight" else (_scope_class(method), f"{name}_")
+
+    def get(self: nn.Module) -> Tensor | None:
+        frozen = self._parameters[name]
+        if frozen is None or is_opaque(frozen):
+            return frozen
+        return _compute(method, self if scope is None else scope(self, prefix), frozen, name)
+
+    return property(get)
+
+
+def _merged_property(name: str) -> property:
+    key = _merged_name(name)
+
+    def get(self: nn.Module) -> Tensor | None:
+        if not torch.compiler.is_compiling():
+            if self.training and torch.is_grad_enabled():
+                raise StateError("the model is merged, so training would not reach its adapters: call unmerge(model) first.")
+            if self._gift_merge_stamp != _stamp(self):
+                set_merged(self, False)
+                set_merged(self, True)
+        return self._buffers[key]
+
+    return property(get)
+
+
+def _compute(method: type[Reparameterization], owner: Any, frozen: Tensor, name: str) -> Tensor:
+    device = frozen.device.type
+    try:
+        if torch.is_autocast_enabled(device):
+            # a weight is built in its own precision, so that merged and unmerged weights agree under autocast
+            with torch.autocast(device, enabled=False):
+                weight = method.reparameterize(owner, frozen)
+        else:
+            weight = method.reparameterize(owner, frozen)
+    except AttributeError as error:
+        # nn.Module would answer an AttributeError from a property with the frozen parameter, silently
+        raise SiteError(f"{method.__name__}.reparameterize failed on {name!r}: {error}") from error
+    if weight.shape != frozen.shape:
+        raise SiteError(f"{method.__name__}.reparameterize gave {tuple(weight.shape)} for {name!r} of {tuple(frozen.shape)}.")
+    return weight if weight.dtype == frozen.dtype else weight.to(frozen.dtype)
+
+
+def _merged_name(name: str) -> str:
+    return f"merged_{name}"
+
+
+def _stamp(module: nn.Module) -> tuple[int, ...]:
+    # what was read when merging: an optimizer step, a load or a move since then shows here
+    return tuple(
+        0 if parameter.is_inference() else parameter._version for parameter in module._parameters.values() if parameter is not None
+    )
+
+
+def _detached(module: nn.Module, name: str) -> Tensor:
+    # a buffer made in inference mode could never take part in autograd again
+    with torch.inference_mode(False), torch.no_grad():
+        weight = effective_weight(module, name)
+        return weight.clone() if weight is module._parameters[name] else weight.detach()
+
+
+class _RecurrentReads(_Mixin):
+    """Lets a recurrent layer read its weights by name at each use, instead of the list it caches."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]  # type: ignore[union-attr]
+
+    def _update_flat_weights(self) -> None:
+        """Nothing is cached, so nothing is out of date."""
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weight_refs = []
+
+    def flatten_parameters(self) -> None:
+        """The effective weights are new tensors each time; cuDNN packs them as it needs them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the cached list belongs to the original class: it must name the frozen leaves, never effective weights
+        state = dict(self.__dict__)
+        state.pop("_flat_weight_refs", None)
+        state["_flat_weights"] = [self._parameters.get(name) for name in self._flat_weights_names]  # type: ignore[union-attr]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        self._flat_weight_refs = []
+
+
+# --- scopes: what a method registers for a weight that is not called "weight"
+
+
+class _Scope:
+    """The module as one adapted name sees it: what is set lands on the module under a prefix, and is found there again."""
+
+    def __init__(self, module: nn.Module, prefix: str) -> None:
+        object.__setattr__(self, "_module", module)
+        object.__setattr__(self, "_prefix", prefix)
+
+    def __getattr__(self, name: str) -> Any:
+        module, scoped = self._module, self._prefix + name
+        for registry in (module._parameters, module._buffers, module._modules, module.__dict__):
+            if scoped in registry:
+                return registry[scoped]
+        return getattr(module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(self), name):
+            raise SiteError(f"the method sets {name!r} on itself and on its class: name one of them differently.")
+        setattr(self._module, self._prefix + name, value)
+
+    def register_parameter(self, name: str, value: nn.Parameter | None) -> None:
+        self._module.register_parameter(self._prefix + name, value)
+
+    def register_buffer(self, name: str, value: Tensor | None, persistent: bool = True) -> None:
+        self._module.register_buffer(self._prefix + name, value, persistent)
+
+    def register_module(self, name: str, value: nn.Module | None) -> None:
+        self._module.register_module(self._prefix + name, value)
+
+    add_module = register_module
+
+
+@functools.cache
+def _scope_class(method: type[Reparameterization]) -> Callable[[nn.Module, str], Any]:
+    return type(f"{method.__name__}Scope", (_Scope, method), {})
+
+
+def _guarded_init(
+    module: nn.Module, owner: Any, method: type[Reparameterization], weight: nn.Parameter, params: dict[str, Any]
+) -> None:
+    registries = (module._parameters, module._buffers, module._modules)
+    attributes = dict(module.__dict__)
+    members = [dict(registry) for registry in registries]
+    method.init_parameters(owner, weight.detach(), **params)
+    overwritten = [name for name, value in attributes.items() if module.__dict__.get(name) is not value]
+    for registry, old in zip(registries, members, strict=True):
+        overwritten += [name for name, value in old.items() if registry.get(name) is not value]  # type: ignore[attr-defined]
+    original = original_class_of(module)
+    overwritten += [name for name in module.__dict__ if name not in attributes and hasattr(original, name)]
+    if overwritten:
+        raise SiteError(f"{method.__name__} overwrites {', '.join(sorted(overwritten))} of the layer: choose other names.")

@@ -1,0 +1,153 @@
+"""What a model is made of, as something that can be compared and put back.
+
+A snapshot holds, for every module of a tree, its class and its attributes (parameters, buffers, children, hooks, flags, plain values),
+and for every parameter its ``requires_grad``. It copies no tensor: values are the business of whoever changes them.
+
+Undo works from the difference of two snapshots. It touches only what changed between them, so that what a user did since (a hook, a
+mode, a move to another device) stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, MutableMapping, MutableSet
+from typing import Any
+
+from torch import nn
+
+
+class Absent(enum.Enum):
+    """Stands for "there was nothing of that name"; an enum, so that copies and pickles stay identical to it."""
+
+    ABSENT = enum.auto()
+
+
+ABSENT = Absent.ABSENT
+
+
+@dataclasses.dataclass
+class _Module:
+    """One module: its class, its attributes, and one level of copies of the containers among them."""
+
+    module: nn.Module
+    cls: type
+    attributes: dict[str, Any]
+    containers: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Module:
+        attributes = dict(module.__dict__)
+        containers = {key: value.copy() for key, value in attributes.items() if isinstance(value, (dict, set, list)) and value}
+        return cls(module, type(module), attributes, containers)
+
+
+@dataclasses.dataclass
+class Change:
+    """What became different about one module: its class before, if it has another now, and (before, after) pairs by name.
+
+    Each side of a pair may be `ABSENT`.
+    """
+
+    module: nn.Module
+    cls: type | None
+    attributes: dict[str, tuple[Any, Any]]
+    entries: dict[str, dict[Any, tuple[Any, Any]]]
+    order: dict[str, list[Any]]
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """The structure of a tree of modules at one moment."""
+
+    modules: list[_Module]
+    flags: list[tuple[nn.Module, str, bool]]
+
+    def changes_since(self) -> list[Change]:
+        """What is different now from when the snapshot was taken, for the modules it holds."""
+        return [change for change in map(_compare, self.modules) if change is not None]
+
+    def restore(self) -> None:
+        """Put back the structure and the flags, to the state of the snapshot."""
+        undo(self.changes_since())
+        self.restore_flags()
+
+    def restore_flags(self) -> None:
+        """Put back each parameter's ``requires_grad``, by name, so that parameters replaced since are reached."""
+        for module, name, requires_grad in self.flags:
+            parameter = module._parameters.get(name)
+            if parameter is not None and parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+
+def take_snapshot(root: nn.Module) -> Snapshot:
+    """Record the structure of ``root`` and everything below it."""
+    modules = list(root.modules())
+    flags = [(m, name, p.requires_grad) for m in modules for name, p in m._parameters.items() if p is not None]
+    return Snapshot([_Module.of(module) for module in modules], flags)
+
+
+def undo(changes: Iterable[Change]) -> None:
+    """Reverse changes; whatever they do not mention stays as it is now."""
+    for change in changes:
+        if change.cls is not None:
+            change.module.__class__ = change.cls
+        for key, (old, _) in change.attributes.items():
+            _put(change.module.__dict__, key, old)
+        for key, entries in change.entries.items():
+            _undo_container(change.module.__dict__[key], entries, change.order[key])
+
+
+def _compare(old: _Module) -> Change | None:
+    module, now = old.module, old.module.__dict__
+    cls = old.cls if type(module) is not old.cls else None
+    attributes: dict[str, tuple[Any, Any]] = {}
+    entries: dict[str, dict[Any, tuple[Any, Any]]] = {}
+    for key in [*old.attributes, *(key for key in now if key not in old.attributes)]:
+        before, after = old.attributes.get(key, ABSENT), now.get(key, ABSENT)
+        if before is not after:
+            attributes[key] = (before, after)
+        if isinstance(before, (dict, set, list)) and (found := _compare_container(old.containers.get(key, type(before)()), before)):
+            entries[key] = found
+    if not (cls or attributes or entries):
+        return None
+    return Change(module, cls, attributes, entries, {key: list(old.containers.get(key, ())) for key in entries})
+
+
+def _compare_container(before: Any, after: Any) -> dict[Any, tuple[Any, Any]]:
+    if isinstance(before, list):
+        same = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+        return {} if same else {"list": (list(before), list(after))}
+    if isinstance(before, set):
+        return {key: (key in before, key in after) for key in before ^ after}
+    keys = [*before, *(key for key in after if key not in before)]
+    pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] is not pair[1]}
+
+
+def _undo_container(container: Any, entries: dict[Any, tuple[Any, Any]], order: list[Any]) -> None:
+    if isinstance(container, list):
+        container[:] = entries["list"][0]
+    elif isinstance(container, MutableSet):
+        for key, (was_in, _) in entries.items():
+            (container.add if was_in else container.discard)(key)
+    else:
+        for key, (old, _) in entries.items():
+            _put(container, key, old)
+        _reorder(container, order)
+
+
+def _put(mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+    if value is ABSENT:
+        mapping.pop(key, None)
+    else:
+        mapping[key] = value
+
+
+def _reorder(container: MutableMapping[Any, Any], order: list[Any]) -> None:
+    # the order of registration is the order of the state dict's keys
+    first = {key: container[key] for key in order if key in container}
+    rest = {key: value for key, value in container.items() if key not in first}
+    if list(container) != [*first, *rest]:
+        container.clear()
+        container.update(first | rest)

@@ -1,0 +1,49 @@
+"""Low-rank updates as pure functions of tensors and shapes.
+
+Nothing here knows modules, caps or plugins. Weights keep torch's layout, ``(out, in / groups, *kernel)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: How a convolution's weight is laid out as a matrix; the first is the default.
+CONV_LAYOUTS = ("balanced", "out_as_h")
+
+
+def matrix_shape(shape: Sequence[int], conv_layout: str = "balanced") -> tuple[int, int]:
+    """The rows of B and the columns of A for a weight.
+
+    ``out_as_h`` has ``out`` rows and ``in / groups * k0 * k1 * ...`` columns. ``balanced`` moves the first kernel dimension to the
+    rows, ``out * k0`` and ``in / groups * k1 * ...``, which takes fewer numbers for the same rank; with fewer than two kernel
+    dimensions the two are the same.
+
+    Args:
+        shape: of the weight, ``(out, in / groups, *kernel)``.
+        conv_layout: one of `CONV_LAYOUTS`.
+    """
+    if conv_layout == "balanced" and len(shape) > 3:
+        return shape[0] * shape[2], shape[1] * math.prod(shape[3:])
+    return shape[0], math.prod(shape[1:])
+
+
+def low_rank_update(lora_B: Tensor, lora_A: Tensor, shape: Sequence[int], scaling: float) -> Tensor:
+    """The update ``scaling * B A`` in the shape of the weight: the product's numbers in memory order.
+
+    Args:
+        lora_B: ``(rows, rank)``.
+        lora_A: ``(rank, columns)``.
+        shape: of the weight; it has ``rows * columns`` numbers.
+        scaling: alpha / rank.
+    """
+    return (lora_B @ lora_A).mul(scaling).view(torch.Size(shape))
+
+
+def add_low_rank(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
+    """The effective weight ``W + scaling * B A``, in one product that adds as it goes."""
+    rows, columns = lora_B.shape[0], lora_A.shape[1]
+    return torch.addmm(weight.reshape(rows, columns), lora_B, lora_A, alpha=scaling).view(weight.shape)
