@@ -5,7 +5,7 @@
     python3 dev.py setup               set up only
 
 Setting up means: an environment in `.venv` beside this file, with both projects installed in it, editable. It is skipped when
-nothing that it depends on has changed. A set-up that was interrupted is started afresh by the next command. A `.venv` of your own
+nothing that it depends on has changed. A set-up that was interrupted is started afresh by the next command. Your own `.venv`
 is installed into and never removed.
 
 Uses the standard library only. The syntax is kept to what old Pythons can read, so that they get a message and no traceback.

@@ -1,6 +1,6 @@
 """The checks a change must pass: ``nox`` runs them all, ``nox -s lint`` one of them.
 
-Every session runs in the environment that nox itself is in, so that torch is installed once. ``python3 dev.py setup`` makes one.
+Every session runs in the environment that nox itself is in (``python3 dev.py setup`` makes one): torch is installed once.
 """
 
 from __future__ import annotations

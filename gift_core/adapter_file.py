@@ -367,9 +367,7 @@ def _load_into(root: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor]
                 buffer.copy_(original.value)  # absent from the file: the base's own
 
 
-def _mismatches(
-    root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool
-) -> list[str]:
+def _mismatches(root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool) -> list[str]:
     problems = [] if tuning.structure == info.structure else ["the base model has other names or shapes"]
     problems += _config_differences(tuning.config, info.strategy)
     if (sites := _sites(root)) != info.sites:
@@ -410,4 +408,3 @@ def _config_differences(model: dict[str, Any] | None, file: dict[str, Any] | Non
     ours, theirs = model.get("parameters", {}), file.get("parameters", {})
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     return [f"{key} is {ours.get(key)!r} in the model, {theirs.get(key)!r} in the file" for key in keys]
-

@@ -67,9 +67,7 @@ class Cap(_CapFields):
 
     __slots__ = ()
 
-    def __new__(
-        cls, check: Callable[..., bool], action: Callable[..., None] | HasCaps, params: Mapping[str, Any] | None = None
-    ) -> Cap:
+    def __new__(cls, check: Callable[..., bool], action: Callable[..., None] | HasCaps, params: Mapping[str, Any] | None = None) -> Cap:
         if not callable(check):
             raise StrategyError(f"the check of a cap must be callable, got {check!r}.")
         if not callable(action) and not isinstance(action, HasCaps):

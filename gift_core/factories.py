@@ -107,8 +107,8 @@ def _show(argument: Any) -> str:
 def _plain(argument: Any) -> Any:
     if isinstance(argument, Check):
         return argument.to_config()
-    if isinstance(argument, type) and getattr(nn, argument.__name__, None) is argument:
-        return argument.__name__
+    if isinstance(argument, type) and vars(nn).get(argument.__name__) is argument:
+        return argument.__name__  # type: ignore[union-attr]
     if argument is None or isinstance(argument, (str, int, float, bool)):
         return argument
     raise StrategyError(f"{describe(argument)} has no form as plain data: use a check of gift_core.factories with plain arguments.")
@@ -199,7 +199,8 @@ def parameter_name_contains(*parts: str, optional: bool = False) -> Check:
 def selects(targets: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = None) -> Check:
     """True for the sites that a user's ``targets`` choose and ``exclude`` does not; no targets choose everything.
 
-    A pattern chooses what it matches and everything inside it, so that ``layer4`` means all of it. Each pattern must match somewhere, so that a typo is an error.
+    A pattern chooses what it matches and everything inside it, so that ``layer4`` means all of it. Each pattern must
+    match somewhere, so that a typo is an error.
 
     Raises:
         PatternError: if a pattern is malformed or a list is empty.

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from gift_core.errors import SiteError, StateError
 from gift_core.record import adopted_modules, named_tensors, set_tuning, tuned_root, tuning_of
-from gift_core.reparameterization import adoptions_of, effective_weight, is_opaque, set_merged
+from gift_core.reparameterization import adoptions_of, effective_weight, is_opaque, refresh_caches, set_merged
 from gift_core.structure import ABSENT, Snapshot, undo
-from gift_core.tuning import TrainableParameters
 
 
 def merge(module: nn.Module) -> None:
@@ -100,9 +99,7 @@ def merge_and_unload(module: nn.Module) -> nn.Module:
             owner._parameters[name] = nn.Parameter(weight, requires_grad=frozen.requires_grad)
         else:
             frozen.data = weight
-    for _, recurrent in root.named_modules():
-        if isinstance(recurrent, nn.RNNBase):
-            recurrent._init_flat_weights()
+    refresh_caches(root)
     set_tuning(root, None)
     return module
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from gift_core.caps import Cap, Caps, HasCaps, describe
 from gift_core.errors import CheckError, GiftError, ModelError, NoMatchError, SiteError
@@ -183,12 +184,14 @@ class _Walk:
             raise NoMatchError(f"{self.strategy!r} matches nothing in {type(self.root).__name__} ({asked}). The model has: {kinds}.")
 
     def _explain(self, part: Check, every: list[Site]) -> str:
+        text = ", ".join(str(argument) for argument in part.arguments)
         named = [site for site in every if part(*site)]
         if not named:
-            text = ", ".join(str(argument) for argument in part.arguments)
-            return f"{part!r} matches nothing in {type(self.root).__name__}. {_nearest(text, [site.full_name for site in every])}"
-        reasons = "; ".join(self._why_not(site) for site in named[:3])
-        return f"{part!r} names {len(named)} sites, but none is taken by the caps it stands in: {reasons}."
+            return f"{text!r} matches nothing in {type(self.root).__name__}. {_nearest(text, [site.full_name for site in every])}"
+        modules = [site for site in named if isinstance(site, ModuleSite)] or named
+        reasons = "; ".join(self._why_not(site) for site in modules[:3])
+        more = f"; and {len(modules) - 3} more" if len(modules) > 3 else ""
+        return f"{text!r} names sites of {type(self.root).__name__}, but the strategy adapts none of them: {reasons}{more}."
 
     def _why_not(self, site: Site) -> str:
         names = [action.site.full_name for action in self.actions]
@@ -196,7 +199,7 @@ class _Walk:
         if holder is not None:
             return f"{site_name(*site)} belongs to {holder or 'the root'!r}, which an earlier cap took"
         alias = next((pair for pair in self.shared if pair.startswith(f"{site.full_name} = ")), None)
-        return f"{site_name(*site)} is another name ({alias})" if alias else f"{site_name(*site)} is of no kind that they adapt"
+        return f"{site_name(*site)} is another name ({alias})" if alias else f"{site_name(*site)} is of no kind that it adapts"
 
     def _report(self) -> Report:
         cautions: dict[str, list[str]] = {}
@@ -223,7 +226,7 @@ def _refuse_unusable(module: Any) -> None:
         where = f"{name!r} ({type(child).__name__})" if name else f"the model ({type(child).__name__})"
         if isinstance(child, torch.jit.ScriptModule):
             raise ModelError(f"{where} is scripted and cannot be adapted: adapt the model first, torch.jit.script it afterwards.")
-        if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in child._parameters.values()):
+        if any(p is not None and is_lazy(p) for p in child._parameters.values()):
             raise ModelError(f"{where} is lazy and has no shapes yet: run one forward pass first.")
         if is_adopted(child):
             raise ModelError(f"{where} is adapted already: disable_fine_tuning(model) first, or plan on a fresh copy.")

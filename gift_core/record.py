@@ -128,7 +128,7 @@ def tuned_root(module: nn.Module) -> nn.Module:
     if len(roots) > 1 and roots[0][1] is not module:
         names = ", ".join(repr(name) for name, _ in roots)
         raise StateError(f"{type(module).__name__} holds several tuned models ({names}): pass the one you mean.")
-    root = roots[0][1]
+    root: nn.Module = roots[0][1]
     if tuning_of(root).paused:
         raise StateError("tuning is switched off by tuning_disabled(model) just now: leave that context first.")
     return root

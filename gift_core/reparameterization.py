@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gift_core.errors import SiteError, StateError
 
@@ -65,7 +66,7 @@ class Reparameterization(_Mixin):
         """
         return None
 
-    def init_parameters(self, weight: Tensor, **params: Any) -> None:
+    def init_parameters(self, weight: Tensor, *args: Any, **params: Any) -> None:
         """Register the trainable parameters on ``self``. ``weight`` must not be changed."""
         raise NotImplementedError
 
@@ -76,7 +77,7 @@ class Reparameterization(_Mixin):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # a generated class cannot be found by name: name the classes it is made of instead
         cls = type(self)
-        return _rebuild, (cls._original_class, cls._adoptions, cls._is_merged), self.__getstate__()
+        return _rebuild, (cls._original_class, cls._adoptions, cls._is_merged), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def adopt(module: nn.Module, method: type[Reparameterization], names: Iterable[str] = ("weight",), **params: Any) -> None:
@@ -118,7 +119,7 @@ def adoptable_parameter(module: nn.Module, name: str) -> nn.Parameter:
             raise SiteError(f"its {name!r} is computed by torch.nn.utils.parametrize: remove the parametrization, or exclude it.")
         own = ", ".join(key for key, value in module._parameters.items() if value is not None) or "none"
         raise SiteError(f"it has no parameter {name!r} (its own: {own}): name one of these, or exclude it.")
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(weight):
         raise SiteError(f"its {name!r} has no shape yet: run one forward pass first.")
     if is_opaque(weight) or weight.layout is not torch.strided:
         raise SiteError(f"its {name!r} is no dense floating-point tensor ({type(weight).__name__}, {weight.dtype}): exclude it.")
@@ -168,6 +169,13 @@ def set_merged(module: nn.Module, merged: bool) -> None:
         module.__dict__.pop("_gift_merge_stamp", None)
 
 
+def refresh_caches(root: nn.Module) -> None:
+    """Let plain recurrent layers below ``root`` cache their weights anew, after their own class came back."""
+    for module in root.modules():
+        if isinstance(module, nn.RNNBase) and not is_adopted(module):
+            module._init_flat_weights()
+
+
 def effective_weight(module: nn.Module, name: str) -> Tensor:
     """Compute the effective weight behind an adopted name from the frozen one, merged or not."""
     method = dict(adoptions_of(module))[name]
@@ -192,8 +200,7 @@ def _set_class(module: nn.Module, original: type[nn.Module], adoptions: Adoption
         raise SiteError(f"its class {original.__name__} cannot be extended ({error}): exclude it.") from error
 
 
-@functools.cache
-def _adopted_class(original: type[nn.Module], adoptions: Adoptions, merged: bool) -> type[nn.Module]:
+def _make_adopted_class(original: type[nn.Module], adoptions: Adoptions, merged: bool) -> type[nn.Module]:
     methods = tuple(dict.fromkeys(method for _, method in adoptions))
     body: dict[str, Any] = {
         "_original_class": original,
@@ -208,6 +215,11 @@ def _adopted_class(original: type[nn.Module], adoptions: Adoptions, merged: bool
         body[name] = _merged_property(name) if merged else _effective_property(name, method)
     recurrent = (_RecurrentReads,) if issubclass(original, nn.RNNBase) else ()
     return type(_class_name(methods[0], original), (*methods, *recurrent, original), body)
+
+
+_adopted_class: Callable[[type[nn.Module], Adoptions, bool], type[nn.Module]] = functools.cache(
+    _make_adopted_class  # type: ignore[assignment]
+)
 
 
 def _class_name(method: type, original: type[nn.Module]) -> str:
@@ -299,6 +311,8 @@ class _RecurrentReads(_Mixin):
     def _update_flat_weights(self) -> None:
         """Nothing is cached, so nothing is out of date."""
 
+    _flat_weight_refs: list[Any]
+
     def _init_flat_weights(self) -> None:
         self._flat_weight_refs = []
 
@@ -351,9 +365,13 @@ class _Scope:
     add_module = register_module
 
 
-@functools.cache
-def _scope_class(method: type[Reparameterization]) -> Callable[[nn.Module, str], Any]:
+def _make_scope_class(method: type[Reparameterization]) -> Callable[[nn.Module, str], Any]:
     return type(f"{method.__name__}Scope", (_Scope, method), {})
+
+
+_scope_class: Callable[[type[Reparameterization]], Callable[[nn.Module, str], Any]] = functools.cache(
+    _make_scope_class  # type: ignore[assignment]
+)
 
 
 def _guarded_init(

@@ -1,8 +1,8 @@
-"""The one language for choosing sites, from Python and from the command line.
+r"""The one language for choosing sites, from Python and from the command line.
 
 ========================  ==================================================================================
 ``layer4.*``              a glob over the full dotted name; ``*`` also crosses dots, case counts
-``re:layer[34]\\..*``      a regular expression that must cover the full name
+``re:layer[34]\..*``      a regular expression that must cover the full name
 ``type:Conv2d``           a class name (a glob), subclasses included
 ``layer:0-3`` ``layer:7`` the first number in the full name, as in ``blocks.7.attn``; comma separates several
 ========================  ==================================================================================

@@ -45,7 +45,7 @@ def full_state_dict(module: nn.Module) -> Iterator[nn.Module]:
         tuning.full = was
 
 
-def classify_keys(root: nn.Module, base_keys: set[str]) -> dict[str, list[str]]:
+def classify_keys(root: nn.Module, base_keys: set[str]) -> dict[str, Any]:
     """Sort the keys of a freshly tuned model into the groups of `Tuning`.
 
     Args:
@@ -109,9 +109,7 @@ def _complete(
         state_dict.setdefault(prefix + key, tensor)
 
 
-def _refuse_misfits(
-    tuning: Tuning, own: dict[str, Tensor], given: set[str], state_dict: StateDict, prefix: str, is_base: bool
-) -> None:
+def _refuse_misfits(tuning: Tuning, own: dict[str, Tensor], given: set[str], state_dict: StateDict, prefix: str, is_base: bool) -> None:
     # torch would copy until it meets the first misfit and skip the rest: everything is checked before anything is written
     required = set(tuning.trained) | set(tuning.statistics)
     missing = required - given - (set(tuning.adapter) if is_base else set())

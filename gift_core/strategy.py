@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from gift_core.caps import Cap, Caps, HasCaps
+from gift_core.caps import Cap, Caps
 from gift_core.errors import InvalidPluginError, StrategyError
 from gift_core.factories import is_root, keep_trainable, selects
 from gift_core.plugins import PLUGIN_API, load_strategy
@@ -82,7 +82,7 @@ class FineTuningStrategy:
         return f"FineTuningStrategy({'; '.join(caps)})"
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._parameters == other._parameters  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._parameters == other._parameters
 
     __hash__ = object.__hash__
 
@@ -220,4 +220,3 @@ def _json_value(key: str, value: Any) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise StrategyError(f"parameter {key!r} is no plain JSON data: {value!r} ({error}).") from error
-

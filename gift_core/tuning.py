@@ -27,7 +27,7 @@ from gift_core.record import (
     tuned_root,
     tuning_of,
 )
-from gift_core.reparameterization import adoptions_of, set_merged
+from gift_core.reparameterization import adoptions_of, refresh_caches, set_merged
 from gift_core.state_dict import classify_keys, install_hooks
 from gift_core.strategy import FineTuningStrategy, as_strategy
 from gift_core.structure import Snapshot, take_snapshot, undo
@@ -111,6 +111,7 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
         for _, adopted in adopted_modules(root):
             set_merged(adopted, False)
     undo(tuning.changes)
+    refresh_caches(root)
     Snapshot([], tuning.flags).restore_flags()
     restore_values(tuning)
     set_tuning(root, None)
@@ -135,6 +136,7 @@ def tuning_disabled(module: nn.Module) -> Iterator[nn.Module]:
         for _, adopted in adopted_modules(root):
             set_merged(adopted, False)
     undo(tuning.changes)
+    refresh_caches(root)
     exchange_values(tuning)
     tuning.paused = True
     try:

@@ -20,7 +20,10 @@ EXTRA = "demo"
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[NAME] [ARGUMENT]...")
 @click.pass_context
 def command(ctx: click.Context, as_list: bool, as_json: bool, arguments: tuple[str, ...]) -> None:
-    """Run the demo NAME, by default "digits"; the arguments after the name are its own, as in "gift demo digits --help"."""
+    """Run a demo, by default "digits".
+
+    The arguments after NAME are the demo's own, as in "gift demo digits --help".
+    """
     if as_list or as_json:
         if arguments:
             raise click.UsageError("--list takes no arguments.")

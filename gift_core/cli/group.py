@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import click
 
+from gift_core import __version__
 from gift_core.cli.models import ModelNotFoundError
-from gift_core.errors import AdapterNotFoundError, GiftError, PluginConflictError, UnknownStrategyError
+from gift_core.errors import AdapterNotFoundError, GiftError, GiftWarning, PluginConflictError, UnknownStrategyError
 from gift_core.plugins import UnknownDemoError
 
 #: The verbs in the order of ``gift --help``; each is the file and the function of its name.
@@ -35,25 +37,30 @@ class VerbGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; an error of GIFt's becomes one message and an exit code."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except GiftError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = 3 if isinstance(error, NOT_FOUND) else 1
-            raise failure from error
+            raise (_NotFound if isinstance(error, NOT_FOUND) else click.ClickException)(str(error)) from error
+
+
+class _NotFound(click.ClickException):
+    exit_code = 3
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    # where in the code a warning of ours was given tells the user of a command nothing
+    click.echo(f"Warning: {message}" if issubclass(category, GiftWarning) else f"{category.__name__}: {message}", err=True)
 
 
 def _version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
-        from importlib.metadata import version
-
-        click.echo(f"gift {version('gift-core')}")
+        click.echo(f"gift {__version__}")
         ctx.exit()
 
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
-)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit.")
 def main() -> None:
     """Adapt any pre-trained PyTorch model by training a small part of it.
 

@@ -16,10 +16,12 @@ from gift_core.cli.strategies import build_strategy, strategy_options
 def command(
     model: str, strategy: str, settings: tuple[str, ...], target: tuple[str, ...], exclude: tuple[str, ...], as_json: bool
 ) -> None:
-    """Show what a strategy does to MODEL: what each rule matches, what stays frozen, and the sizes before and after.
+    """Show what a strategy would do to a model.
+
+    Shows what each rule matches, how much stays frozen, and the sizes before and after. Nothing is saved.
 
     MODEL is torchvision:resnet18, package.module:callable or file.py:callable; the callable takes no arguments and gives a
-    module. Its code is run. Nothing is saved.
+    module. Its code is run.
     """
     chosen = build_strategy(strategy, settings, target, exclude)
     module = build_model(model)

@@ -11,7 +11,10 @@ from gift_core.plugins import Discovery, Provider, discover
 @click.command("list")
 @json_option
 def command(as_json: bool) -> None:
-    """List the installed strategies; runs no plugin code."""
+    """List the installed strategies.
+
+    Reads metadata alone; runs no plugin code.
+    """
     found = discover()
     if as_json:
         print_json([_row(provider, found) for provider in found.providers] + _broken_rows(found))

@@ -51,9 +51,12 @@ def build_model(text: str) -> nn.Module:
         ModelError: if importing or calling it fails, it wants arguments, or it gives no module.
     """
     place, _, name = text.rpartition(":")
+    if place == "torchvision":
+        return _build(_torchvision(name), text)
+    import torch  # noqa: F401 - before the user's folder is searched, where a file may be named like one that torch imports
+
     with _importing_from(Path(place).parent if _is_file(place) else Path.cwd()):
-        target = _torchvision(name) if place == "torchvision" else _callable(_module(place), place, name)
-        return _build(target, text)
+        return _build(_callable(_module(place), place, name), text)
 
 
 def _well_formed(ctx: click.Context, argument: click.Parameter, text: str) -> str:
@@ -83,13 +86,11 @@ def _is_file(place: str) -> bool:
 
 def _torchvision(name: str) -> Callable[[], object]:
     try:
-        models = importlib.import_module("torchvision.models")
+        models = importlib.import_module("torchvision").models
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
             raise _failure("importing torchvision", error) from error
-        raise ModelNotFoundError(
-            "torchvision is not installed: pip install torchvision, or name a model of your own."
-        ) from error
+        raise ModelNotFoundError("torchvision is not installed: pip install torchvision, or name a model of your own.") from error
     except Exception as error:
         raise _failure("importing torchvision", error) from error
     names = models.list_models()
@@ -166,9 +167,7 @@ def _build(target: object, text: str) -> nn.Module:
     if isinstance(target, nn.Module):
         return target
     if not callable(target):
-        raise ModelError(
-            f"{text} is {_kind(target)}: MODEL names a callable that takes no arguments and gives a torch.nn.Module."
-        )
+        raise ModelError(f"{text} is {_kind(target)}: MODEL names a callable that takes no arguments and gives a torch.nn.Module.")
     _refuse_arguments(target, text)
     try:
         model = target()
@@ -187,9 +186,7 @@ def _refuse_arguments(target: Callable[..., object], text: str) -> None:
     try:
         signature.bind()
     except TypeError as error:
-        raise ModelError(
-            f"{text} wants arguments ({error}): write a function without any that calls it, and name that."
-        ) from error
+        raise ModelError(f"{text} wants arguments ({error}): write a function without any that calls it, and name that.") from error
 
 
 def _kind(value: object) -> str:

@@ -40,7 +40,8 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     names = [name.replace("_", " ") for name in facts]
     width = max(map(len, names), default=0)
     for name, value in zip(names, facts.values(), strict=True):
-        click.echo(f"{click.style(name.ljust(width), bold=_has_colour())}  {one_line(value)}")
+        title = name.ljust(width)
+        click.echo(f"{click.style(title, bold=True) if _has_colour() else title}  {one_line(value)}")
 
 
 def plain_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:

@@ -12,9 +12,10 @@ from gift_core.plugins import details, discover, find_provider
 @click.argument("name")
 @json_option
 def command(name: str, as_json: bool) -> None:
-    """Show where the strategy NAME comes from and how to use it; runs no plugin code.
+    """Show one strategy, and how to use it.
 
-    NAME is a name from "gift list", or distribution:name where two packages share one.
+    Says where the strategy NAME comes from; reads metadata alone and runs no plugin code. NAME is a name from "gift list", or
+    distribution:name where two packages share one.
     """
     provider = find_provider(name)
     call = provider.identity if provider.name in discover().conflicts else provider.name

@@ -112,7 +112,7 @@ def discover(group: str = STRATEGIES) -> Discovery:
     """
     found: dict[str, Provider] = {}
     broken: list[BrokenEntry] = []
-    for entry in _entries(group):
+    for entry in (entry for _, entries in _candidates(group) for entry in entries):
         if isinstance(entry, BrokenEntry):
             broken.append(entry)
             continue
@@ -130,14 +130,15 @@ def discover(group: str = STRATEGIES) -> Discovery:
 def details(provider: Provider) -> dict[str, Any]:
     """What the provider's package says about itself: home page, licence, author, the Python it needs, where it is installed.
 
-    Only what it states is there. Empty for a provider that `register_strategy` was given.
+    Only what it states is there. Empty for a provider that no installed package has.
     """
-    if not provider.distribution:
-        return {}
-    # the backport replaces the path finder of the whole process, so that it is imported on use and nowhere else
-    import importlib_metadata
+    for distribution, found in _candidates(provider.group):
+        if provider in found:
+            return _facts(distribution)
+    return {}
 
-    distribution = importlib_metadata.distribution(provider.distribution)
+
+def _facts(distribution: Any) -> dict[str, Any]:
     metadata = distribution.metadata
     links = dict(_link(text) for text in metadata.get_all("Project-URL") or [])
     home = next((url for label, url in links.items() if label.lower() in {"homepage", "home", "home-page"}), None)
@@ -156,7 +157,8 @@ def _link(text: str) -> tuple[str, str]:
     return label.strip(), url.strip()
 
 
-def _entries(group: str) -> Iterator[Provider | BrokenEntry]:
+def _candidates(group: str) -> Iterator[tuple[Any, list[Provider | BrokenEntry]]]:
+    """Each distribution that has entries in the group, with them; a later copy of one is left out."""
     # the backport replaces the path finder of the whole process, so that it is imported on use and nowhere else
     import importlib_metadata
 
@@ -165,25 +167,23 @@ def _entries(group: str) -> Iterator[Provider | BrokenEntry]:
         try:
             lines = _lines(distribution.read_text("entry_points.txt") or "", group)
         except Exception as error:
-            yield BrokenEntry("", "", group, _place(distribution), "", f"its entry points cannot be read: {error}")
+            yield distribution, [BrokenEntry("", "", group, _place(distribution), "", f"its entry points cannot be read: {error}")]
             continue
         if lines:
-            yield from _of_distribution(distribution, lines, group, seen)
+            yield distribution, _of_distribution(distribution, lines, group, seen)
 
 
-def _of_distribution(distribution: Any, lines: list[str], group: str, seen: set[str]) -> Iterator[Provider | BrokenEntry]:
+def _of_distribution(distribution: Any, lines: list[str], group: str, seen: set[str]) -> list[Provider | BrokenEntry]:
     try:
         name, version, summary = _identity(distribution)
     except Exception as error:
-        yield BrokenEntry("", "", group, _place(distribution), "", f"its metadata cannot be read: {error}")
-        return
+        return [BrokenEntry("", "", group, _place(distribution), "", f"its metadata cannot be read: {error}")]
     if not name:
-        yield BrokenEntry("", "", group, _place(distribution), version, "its metadata states no name")
-        return
+        return [BrokenEntry("", "", group, _place(distribution), version, "its metadata states no name")]
     if normalise(name) in seen or _is_shadowed(distribution, name):
-        return
+        return []
     seen.add(normalise(name))
-    yield from (_entry(line, group, name, version, summary) for line in lines)
+    return [_entry(line, group, name, version, summary) for line in lines]
 
 
 def _identity(distribution: Any) -> tuple[str, str, str]:
@@ -205,7 +205,8 @@ def _is_shadowed(distribution: Any, name: str) -> bool:
         first = importlib_metadata.distribution(name)
         return bool(first.locate_file("") != distribution.locate_file(""))
     except Exception:
-        return False  # a finder of its own kind, which knows no files: then there is nothing to compare
+        # its folder is not named as its metadata says, or its finder knows no files: there is no other copy to compare with
+        return False
 
 
 def _place(distribution: Any) -> str:

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-from gift_core import Reparameterization
-from gift_core.errors import SiteError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gift_core import Reparameterization
+from gift_core.errors import SiteError
 from gift_lora_plugin.lowrank import add_low_rank, low_rank_update, matrix_shape
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,8 +47,8 @@ class LoRA(Reparameterization):
         # a subclass with a forward of its own must keep it: it reads the effective weight
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             return LinearLoRA
-        plain = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
-        if plain and type(module).forward is plain.forward and type(module)._conv_forward is plain._conv_forward:
+        plain: Any = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
+        if plain and type(module).forward is plain.forward and getattr(type(module), "_conv_forward", None) is plain._conv_forward:
             return ConvLoRA
         return cls
 
@@ -98,9 +98,9 @@ class ConvLoRA(LoRA):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(batch, in, *space)`` to ``(batch, out, *space)``."""
         if not (self.training and self.lora_dropout):
-            return super().forward(input)  # type: ignore[misc, no-any-return]
+            return super().forward(input)  # type: ignore[no-any-return]
         frozen = self._parameters["weight"]
         assert frozen is not None  # it is adapted
         update = low_rank_update(self.lora_B, self.lora_A, frozen.shape, self.lora_scaling)
         dropped = F.dropout(input, self.lora_dropout)
-        return self._conv_forward(input, frozen, self.bias) + self._conv_forward(dropped, update, None)  # type: ignore[operator]
+        return self._conv_forward(input, frozen, self.bias) + self._conv_forward(dropped, update, None)  # type: ignore[operator, no-any-return]

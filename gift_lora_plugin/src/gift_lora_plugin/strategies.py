@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from torch import nn
+
 from gift_core import FineTuningStrategy
 from gift_core.errors import ParameterError
 from gift_core.factories import is_instance, reparameterize, selects
-from torch import nn
-
 from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.lowrank import CONV_LAYOUTS
 
@@ -40,7 +40,9 @@ class _LoRAStrategy(FineTuningStrategy):
         super().__init__(module_caps=[(check, action, params)])
 
 
-_ARGUMENTS = """
+class LoRAAllFineTuningStrategy(_LoRAStrategy):
+    """LoRA on every Linear layer and every convolution of one, two or three dimensions, subclasses included.
+
     Args:
         rank: the rank of the update, at least 1.
         lora_alpha: numerator of the scaling alpha / rank; None means rank.
@@ -54,25 +56,24 @@ _ARGUMENTS = """
         ParameterError: if a value is not allowed.
 
     Source: Hu et al. 2022, arXiv:2106.09685.
-"""
+    """
+
+    name = "lora"
+    _types = (nn.Linear, *_CONVOLUTIONS)
 
 
 class LoRALinearFineTuningStrategy(_LoRAStrategy):
-    __doc__ = "LoRA on every Linear layer, subclasses included.\n" + _ARGUMENTS
+    """LoRA on every Linear layer; takes what `LoRAAllFineTuningStrategy` takes."""
+
     name = "lora-linear"
     _types = (nn.Linear,)
 
 
 class LoRAConvFineTuningStrategy(_LoRAStrategy):
-    __doc__ = "LoRA on every convolution of one, two or three dimensions, subclasses included.\n" + _ARGUMENTS
+    """LoRA on every convolution; takes what `LoRAAllFineTuningStrategy` takes."""
+
     name = "lora-conv"
     _types = _CONVOLUTIONS
-
-
-class LoRAAllFineTuningStrategy(_LoRAStrategy):
-    __doc__ = "LoRA on every Linear layer and convolution, subclasses included.\n" + _ARGUMENTS
-    name = "lora"
-    _types = (nn.Linear, *_CONVOLUTIONS)
 
 
 def _check_parameters(rank: object, alpha: object, dropout: object, train_bias: object, conv_layout: object) -> None:

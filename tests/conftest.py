@@ -1,0 +1,8 @@
+"""What every test of the core shares."""
+
+from __future__ import annotations
+
+import torch
+
+# Two threads on two busy cores are several times slower than one.
+torch.set_num_threads(1)
