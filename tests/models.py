@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gift_core import Reparameterization
 from gift_core.errors import GiftError
 
 Builder = Callable[[], nn.Module]
@@ -191,6 +192,18 @@ _TOKENS = (tied, embedding)
 
 #: Every builder of this file.
 ALL: tuple[Builder, ...] = (*_VECTORS, *_SEQUENCES, *_TOKENS, cnn)
+
+
+class Delta(Reparameterization):
+    """The simplest method: the weight plus a trainable tensor of its shape, ``start`` everywhere at first."""
+
+    delta: nn.Parameter
+
+    def init_parameters(self, weight: Tensor, *, start: float = 0.0) -> None:
+        self.delta = nn.Parameter(torch.full_like(weight, start))
+
+    def reparameterize(self, weight: Tensor) -> Tensor:
+        return weight + self.delta
 
 
 def input_for(builder: Builder) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gift_core.cli.output import json_option, megabytes, print_facts, print_json, print_table
+from gift_core.cli.output import file_size, json_option, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from gift_core.adapter_file import AdapterInfo
@@ -43,7 +43,7 @@ def _facts(info: AdapterInfo) -> dict[str, Any]:
         "name": (info.strategy or {}).get("name") or "none: it has no form as data",
         "from": f"{provider['distribution']} {provider['version']}" if provider.get("distribution") else "no installed package",
         "core_version": info.core_version,
-        "size": megabytes(info.file_bytes),
+        "size": file_size(info.file_bytes),
         "numbers": f"{sum(math.prod(one['shape']) for one in info.tensors.values()):,} in {len(info.tensors)} tensors",
         "structure": info.structure,
         "digest": info.digest,

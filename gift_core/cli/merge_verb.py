@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gift_core.cli.models import build_model, model_argument
-from gift_core.cli.output import megabytes
+from gift_core.cli.output import file_size
 
 _FILE = click.Path(path_type=Path)
 
@@ -41,4 +41,4 @@ def command(model: str, adapter: Path, weights: Path | None, output: Path, force
     load_adapter(module, adapter)
     merge_and_unload(module)
     size = save_weights(module, output, force=force)
-    click.echo(f"{output}: {len(module.state_dict())} tensors, {megabytes(size)}")
+    click.echo(f"{output}: {len(module.state_dict())} tensors, {file_size(size)}")

@@ -57,9 +57,9 @@ def one_line(value: Any) -> str:
     return "".join(character if character.isprintable() else " " for character in text).strip()
 
 
-def megabytes(size: int) -> str:
-    """A size in bytes as megabytes of a million."""
-    return f"{size / 1e6:.2f} MB"
+def file_size(size: int) -> str:
+    """A size in bytes as text: megabytes of a million, below one kilobytes of a thousand."""
+    return f"{size / 1e6:,.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 
 def _has_colour() -> bool:

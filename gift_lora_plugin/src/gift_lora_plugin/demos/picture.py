@@ -72,8 +72,8 @@ def _draw_digit(axes: Axes, image: Tensor, answers: Sequence[tuple[str, int, int
     axes.set_axis_off()
     for line, (name, answer, truth) in enumerate(answers):
         colour = "tab:green" if answer == truth else "tab:red"
-        position = (0.5, -0.08 - 0.22 * line)
-        axes.annotate(f"{name}: {classes[answer]}", position, xycoords="axes fraction", ha="center", va="top", fontsize=8, color=colour)
+        text = f"{name}: {classes[answer]}"
+        axes.text(0.5, -0.08 - 0.22 * line, text, transform=axes.transAxes, ha="center", va="top", fontsize=8, color=colour)
 
 
 def _telling(before: Tensor, after: Tensor) -> list[int]:
