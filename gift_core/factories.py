@@ -7,6 +7,7 @@ the actions.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import Any
@@ -79,16 +80,22 @@ class Check:
         Raises:
             StrategyError: if the data names no check of this module, or has other keys.
         """
-        if not isinstance(config, dict) or config.get("check") not in _TESTS or not isinstance(config.get("arguments"), list):
+        readable = isinstance(config, dict) and isinstance(config.get("check"), str) and isinstance(config.get("arguments"), list)
+        if not readable or config["check"] not in _TESTS:
             raise StrategyError(f"{config!r} describes no check; known: {', '.join(sorted(_TESTS))}.")
         if extra := set(config) - {"check", "arguments", "optional"}:
             raise StrategyError(f"a check has no {sorted(extra)[0]!r}: it takes check, arguments and optional.")
         kind, arguments = config["check"], config["arguments"]
         if kind in ("and", "or", "not"):
+            if len(arguments) != (1 if kind == "not" else 2):
+                raise StrategyError(f"{config!r} describes no check: 'not' takes one check, 'and' and 'or' take two.")
             return cls(kind, tuple(cls.from_config(part) for part in arguments))
         optional = {"optional": True} if config.get("optional") else {}
-        check: Check = _FACTORIES[kind](*arguments, **optional)
-        return check
+        try:
+            inspect.signature(_FACTORIES[kind]).bind(*arguments, **optional)
+        except TypeError as error:
+            raise StrategyError(f"{config!r} describes no check: {kind} has {error}.") from error
+        return _FACTORIES[kind](*arguments, **optional)
 
     def naming_parts(self, negated: bool = False) -> Iterator[tuple[Check, bool]]:
         """The parts that name something in the model and so must match somewhere, each with whether it excludes."""
@@ -156,6 +163,8 @@ def class_is(*names: str) -> Check:
 
 def is_instance(*types: type | str) -> Check:
     """True for instances of the types, subclasses included. A string names a class of `torch.nn`."""
+    if not types:
+        raise StrategyError("is_instance takes one or more classes, got none.")
     return Check("is_instance", tuple(_module_type(item) for item in types))
 
 

@@ -25,7 +25,6 @@ MAX_REGEX_LENGTH = 1000
 Matcher = Callable[[str, object], bool]
 
 
-@functools.lru_cache(maxsize=1024)
 def compile_pattern(pattern: str) -> Matcher:
     """Turn a pattern into a function of a site's full name and its module.
 
@@ -34,6 +33,11 @@ def compile_pattern(pattern: str) -> Matcher:
     """
     if not isinstance(pattern, str) or not pattern:
         raise PatternError(f"a pattern is a non-empty string, got {pattern!r}: write a name, a glob, 're:', 'type:' or 'layer:'.")
+    return _compile(pattern)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile(pattern: str) -> Matcher:
     kind, colon, rest = pattern.partition(":")
     make = {"re": _regex, "type": _type, "layer": _layer}.get(kind) if colon else None
     if make is None:

@@ -144,7 +144,7 @@ def merge_strategies(strategies: Iterable[FineTuningStrategy | str], *more: Fine
     """
     if isinstance(strategies, (FineTuningStrategy, str)):
         strategies = [strategies]
-    return MergedFineTuningStrategy([as_strategy(strategy) for strategy in (*strategies, *more)])
+    return MergedFineTuningStrategy([as_strategy(strategy) for strategy in (*_listed(strategies), *more)])
 
 
 def as_strategy(strategy: FineTuningStrategy | str) -> FineTuningStrategy:

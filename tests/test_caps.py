@@ -15,11 +15,12 @@ from gift_core.factories import is_instance, keep_trainable, reparameterize
 
 
 def check(*site: object) -> bool:
+    """Want everything."""
     return True
 
 
 def action(*site: object, **params: object) -> None:
-    return None
+    """Do nothing."""
 
 
 STRATEGY = FineTuningStrategy(module_caps=[(check, action)])

@@ -1,4 +1,4 @@
-"""The Python code that the READMEs show, run as a reader would run it."""
+"""The Python code that the READMEs and the guide show, run as a reader would run it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = ("README.md", "gift_lora_plugin/README.md")
+READMES = ("README.md", "gift_lora_plugin/README.md", "docs/guide.md")
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
