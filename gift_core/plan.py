@@ -164,7 +164,7 @@ class _Walk:
 
     def _tied_elsewhere(self) -> None:
         # a parameter that no cap wanted here may belong, tied, to a module that a cap took there
-        taken = {id(p) for action in self.actions for p in _parameters_at(action.site)}
+        taken = {id(p) for action in self.actions for p in parameters_at(action.site)}
         for action in self.actions:
             for name, parameter in _named_parameters_at(action.site):
                 self._seen_before(parameter, name)
@@ -267,7 +267,8 @@ def _named_parameters_at(site: Site) -> Iterator[tuple[str, nn.Parameter]]:
             yield join_name(site.global_name, name), parameter
 
 
-def _parameters_at(site: Site) -> Iterator[nn.Parameter]:
+def parameters_at(site: Site) -> Iterator[nn.Parameter]:
+    """The parameters that an action on the site answers for: a module's, children included, or the one."""
     return (parameter for _, parameter in _named_parameters_at(site))
 
 

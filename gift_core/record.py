@@ -41,11 +41,11 @@ class Original:
     def has_moved(self) -> bool:
         """Whether the tensor differs from what it was, bit for bit."""
         now = self.current()
-        return now is not None and not _same_bits(now.detach(), self.value.to(now.device, now.dtype))
+        return now is not None and not same_bits(now.detach(), self.value.to(now.device, now.dtype))
 
 
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    # a NaN that stayed has not moved, so bits are compared
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one dtype have the same shape and bits; a NaN equals itself."""
     return left.shape == right.shape and torch.equal(_bytes(left), _bytes(right))
 
 

@@ -15,13 +15,15 @@ from gift_core.caps import describe
 from gift_core.errors import ActionError, GiftError, GiftWarning, ModelError, NoMatchError, SiteError, StateError
 from gift_core.factories import site_name
 from gift_core.info import Count, Report
-from gift_core.plan import PlannedAction, TuningPlan, plan_fine_tuning
+from gift_core.plan import PlannedAction, TuningPlan, parameters_at, plan_fine_tuning
+from gift_core.plugins import call_hooks
 from gift_core.record import (
     Original,
     Tuning,
     adopted_modules,
     find_tuning,
     named_tensors,
+    same_bits,
     set_tuning,
     structure_digest,
     tuned_root,
@@ -62,9 +64,10 @@ def enable_fine_tuning(
     _refuse_state(module)
     strategy = as_strategy(fine_tuning_strategy)
     plan = plan_fine_tuning(module, strategy)
-    _refuse_meta(module)
+    _refuse_untrainable(module)
     for text in plan.report.cautions:
         warnings.warn(text, GiftWarning, stacklevel=2)
+    call_hooks("gift_before_enable", module=module, strategy=strategy, plan=plan)
     before = take_snapshot(module)
     structure = structure_digest(module)
     base_keys = {key for key, *_ in named_tensors(module, buffers=False)}
@@ -87,7 +90,8 @@ def enable_fine_tuning(
             has_originals=keep_originals,
             **classify_keys(module, base_keys),
         )
-    set_tuning(module, tuning)
+        set_tuning(module, tuning)
+        call_hooks("gift_after_enable", module=module, strategy=strategy, report=report)
     return report
 
 
@@ -191,10 +195,13 @@ def _refuse_state(module: Any) -> None:
             )
 
 
-def _refuse_meta(module: nn.Module) -> None:
-    for key, _, _, parameter in named_tensors(module, buffers=False):
-        if parameter.is_meta:
-            raise ModelError(f"{key!r} is on the meta device and has no values: load the base weights first (plans work without).")
+def _refuse_untrainable(module: nn.Module) -> None:
+    for buffers in (False, True):
+        for key, _, _, tensor in named_tensors(module, buffers=buffers):
+            if tensor.is_meta:
+                raise ModelError(f"{key!r} is on the meta device and has no values: load the base weights first (plans work without).")
+            if tensor.is_inference():
+                raise ModelError(f"{key!r} was made in torch.inference_mode() and cannot train: build or load the model outside of it.")
 
 
 @contextlib.contextmanager
@@ -245,10 +252,11 @@ def _act(action: PlannedAction) -> list[Tensor]:
 
     What it wrote into the base's own tensors is put back before the error leaves.
     """
-    own = [(tensor, tensor._version, tensor.detach().clone()) for tensor in _own_tensors(action)]
+    answered_for = list(parameters_at(action.site))
+    own = [_Held.of(tensor) for tensor in _own_tensors(action)]
     try:
         action()
-        written = any(tensor._version != version for tensor, version, _ in own)
+        written = any(held.was_written() for held in own)
     except Exception as error:
         _write_back(own)
         where, what = site_name(*action.site), describe(action.cap.action)
@@ -264,7 +272,7 @@ def _act(action: PlannedAction) -> list[Tensor]:
             f"action {describe(action.cap.action)} wrote into the base model at {site_name(*action.site)}: an action registers "
             "tensors of its own and leaves the base's values alone. The model is as before."
         )
-    return [tensor for tensor, _, _ in own if tensor.requires_grad]
+    return [parameter for parameter in answered_for if parameter.requires_grad]
 
 
 def _own_tensors(action: PlannedAction) -> list[Tensor]:
@@ -272,11 +280,38 @@ def _own_tensors(action: PlannedAction) -> list[Tensor]:
     return [tensor for buffers in (False, True) for _, _, _, tensor in _once(named_tensors(module, buffers=buffers))]
 
 
-def _write_back(own: list[tuple[Tensor, int, Tensor]]) -> None:
+@dataclasses.dataclass
+class _Held:
+    """A tensor of the base while an action runs: what shows a write, and what reverses it."""
+
+    tensor: Tensor
+    data: Tensor
+    value: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Held:
+        return cls(tensor, tensor.data, tensor.detach().clone(), tensor._version)
+
+    def was_written(self) -> bool:
+        # a write through .data leaves the version as it was, so the bits are compared where a tensor has plain ones
+        plain = type(self.tensor) in (Tensor, nn.Parameter) and self.tensor.layout is torch.strided and not self.tensor.is_meta
+        return self.tensor._version != self.version or (plain and not self._is_as_before())
+
+    def _is_as_before(self) -> bool:
+        now = self.tensor.detach()
+        return (now.dtype, now.device) == (self.value.dtype, self.value.device) and same_bits(now, self.value)
+
+    def put_back(self) -> None:
+        if self.was_written():
+            self.tensor.data = self.data  # it may have been exchanged
+            self.data.copy_(self.value)
+
+
+def _write_back(own: list[_Held]) -> None:
     with torch.no_grad():
-        for tensor, version, value in own:
-            if tensor._version != version:
-                tensor.copy_(value)
+        for held in own:
+            held.put_back()
 
 
 def _refuse_conflicts(module: nn.Module) -> None:
