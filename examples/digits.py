@@ -27,6 +27,7 @@ torch.manual_seed(0)
 
 
 def network():
+    """A small convolutional network for 8x8 images and five classes."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU()),
@@ -39,6 +40,7 @@ def network():
 
 
 def train(model, inputs, labels, epochs, learning_rate):
+    """Train what is trainable in the model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0)
     for _ in range(epochs):
         for batch in torch.randperm(len(inputs)).split(32):
@@ -60,9 +62,10 @@ train(pretrained, inputs[known], labels[known], epochs=max(1, epochs // 3), lear
 
 
 def build_base():
+    """A new copy of the base model, with a head for the new task."""
     base = network()
     base.load_state_dict(pretrained.state_dict())
-    base.head = nn.Linear(64, 5)  # a new head for the new task
+    base.head = nn.Linear(64, 5)
     return base
 
 
@@ -80,6 +83,7 @@ train(model, inputs[chosen], labels[chosen] - 5, epochs, learning_rate=5e-3)
 
 @torch.no_grad()
 def answers_of(model):
+    """The class that the model gives each test digit."""
     return model.eval()(inputs[test]).argmax(1)
 
 

@@ -61,6 +61,7 @@ for epoch in range(options.epochs):
 
 @torch.no_grad()
 def answers_of(model):
+    """The class that the model gives each test digit."""
     return model.eval()(inputs[test]).argmax(1)
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gift_core import __version__
+from gift_core.atomic import atomic_path
 from gift_core.errors import (
     AdapterFileError,
     AdapterMismatchError,
     AdapterNotFoundError,
-    AdapterWriteError,
     PluginError,
+    UnknownStrategyError,
 )
 from gift_core.plugins import find_provider
 from gift_core.record import Tuning, adopted_modules, find_tuning, named_tensors, structure_digest, tuned_root, tuning_of
 from gift_core.reparameterization import adoptions_of
 from gift_core.state_dict import moved_buffers
-from gift_core.strategy import strategy_from_config
+from gift_core.strategy import FineTuningStrategy, strategy_from_config
 from gift_core.tuning import disable_fine_tuning, enable_fine_tuning
 
 FORMAT = "gift-adapter"
@@ -100,8 +100,8 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
         raise AdapterFileError(f"not saved: NaN in {', '.join(broken[:5])}. Load an earlier adapter, or train with a smaller step.")
     description = _describe(root, tensors)
     target = Path(path)
-    with _atomic(target) as temporary:
-        save_file(tensors, temporary, {"format": "pt", FORMAT: json.dumps(description)})
+    with atomic_path(target) as temporary:
+        save_file(tensors, temporary, _metadata(description))
     return _as_info(description, target.stat().st_size)
 
 
@@ -143,13 +143,38 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
         )
     if structure_digest(module) != info.structure:
         raise AdapterMismatchError(f"{path} is for another base model: its names and shapes differ from {type(module).__name__}'s.")
-    enable_fine_tuning(module, strategy_from_config(info.strategy))
+    strategy = _strategy(info)
+    with _generators_kept():
+        enable_fine_tuning(module, strategy)
     try:
         _load_into(module, info, tensors, check_base, str(path))
     except BaseException:
         disable_fine_tuning(module)
         raise
     return info
+
+
+def _strategy(info: AdapterInfo) -> FineTuningStrategy:
+    assert info.strategy is not None  # the caller has seen to it
+    try:
+        return strategy_from_config(info.strategy)
+    except UnknownStrategyError as error:
+        source = info.provider or {}
+        distribution, version = source.get("distribution"), source.get("version")
+        if not distribution or error.name != info.strategy["name"]:
+            raise
+        message = f"the adapter was made with strategy {error.name!r} of {distribution} {version}, which is not installed."
+        raise UnknownStrategyError(
+            message, name=error.name, distribution=distribution, version=version, hint=f"Try: pip install {distribution}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    # enabling draws the start of an adapter, and the file is about to replace it
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -177,7 +202,7 @@ def _adapter_tensors(root: nn.Module) -> dict[str, Tensor]:
         if key in trained and id(parameter) not in seen:
             seen.add(id(parameter))
             tensors[key] = parameter.detach()
-    moved = moved_buffers(tuning)
+    moved = moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}
     tensors |= {key: buffer for key, _, _, buffer in named_tensors(root, buffers=True) if key in moved}
     # safetensors wants each tensor whole, dense and with memory of its own
     return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
@@ -197,6 +222,10 @@ def _describe(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "tensors": {key: {"shape": list(tensor.shape), "dtype": _dtype(tensor)} for key, tensor in tensors.items()},
     }
     return description | {"digest": _digest(description, tensors)}
+
+
+def _metadata(description: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", FORMAT: json.dumps(description)}
 
 
 def _provider(config: Mapping[str, Any] | None) -> dict[str, str | None] | None:
@@ -280,6 +309,9 @@ def _description_of(data: bytes, file: Path) -> dict[str, Any]:
     described = _json(metadata[FORMAT], file)
     if not isinstance(described, dict):
         raise AdapterFileError(f"{file}: the adapter's description is no JSON object.")
+    # the digest covers what the text means; other spellings of the same, as in 1e-05 and 1E-05, are damage too
+    if metadata != _metadata(described):
+        raise AdapterFileError(f"{file} is corrupted: its metadata is not as save_adapter writes it. Get a fresh copy.")
     return described
 
 
@@ -321,34 +353,6 @@ def _as_info(described: Mapping[str, Any], file_bytes: int) -> AdapterInfo:
     return AdapterInfo(**{name: described[name] for name in names}, file_bytes=file_bytes)
 
 
-@contextlib.contextmanager
-def _atomic(target: Path) -> Iterator[Path]:
-    """A temporary file beside ``target`` that takes its place when the block ends well, and vanishes when it does not."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterWriteError(f"{target} could not be written: {error}. What was there is intact.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    # the rename itself must survive a power cut; not every system lets a folder be opened
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 # --- fitting a file to a model
 
 
@@ -375,7 +379,7 @@ def _mismatches(root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Map
         problems.append(f"other sites are adapted: in the file alone {only[0] or 'none'}, in the model alone {only[1] or 'none'}")
     own = {key: tensor for buffers in (False, True) for key, _, _, tensor in named_tensors(root, buffers=buffers)}
     required = set(_first_keys(root, tuning))
-    allowed = required | {original.full_name for original in tuning.originals if original.is_buffer}
+    allowed = required | {*tuning.statistics, *tuning.buffers}
     problems += [f"missing: {key}" for key in sorted(required - set(tensors))]
     problems += [f"unexpected: {key}" for key in sorted(set(tensors) - allowed)]
     for key in sorted(set(tensors) & allowed):

@@ -31,6 +31,14 @@ class PatternError(StrategyError):
     """A selection pattern cannot be read."""
 
 
+class StrategyFileError(StrategyError):
+    """A strategy file cannot be read, or says something that is not allowed; the message has the line."""
+
+
+class StrategyFileNotFoundError(StrategyFileError, FileNotFoundError):
+    """There is no strategy file at the path."""
+
+
 class CheckError(GiftError, RuntimeError):
     """A check raised, or returned something that is neither true nor false."""
 
@@ -105,6 +113,14 @@ class UnknownStrategyError(PluginError, LookupError):
     """No installed package provides a strategy of that name."""
 
 
+class UnknownDemoError(PluginError, LookupError):
+    """No installed package provides a demo of that name."""
+
+
+class UnknownPluginError(PluginError, LookupError):
+    """No check, action or plugin of that name is known."""
+
+
 class PluginLoadError(PluginError, ImportError):
     """A plugin's module, or something it needs, could not be imported."""
 
@@ -119,3 +135,11 @@ class IncompatiblePluginError(PluginError, ImportError):
 
 class PluginConflictError(PluginError, LookupError):
     """Two packages provide the same name."""
+
+
+class PluginBlockedError(PluginError, ImportError):
+    """A plugin is installed, and a setting or an environment variable keeps it from being used."""
+
+
+class PluginSettingError(PluginError, ValueError):
+    """A setting or an environment variable about plugins has a value that is not allowed."""

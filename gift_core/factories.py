@@ -41,19 +41,21 @@ class Check:
     def __call__(self, *site: Any) -> bool:
         return _TESTS[self.kind](self.arguments, ModuleSite(*site) if len(site) == 5 else ParameterSite(*site))
 
-    def __and__(self, other: Check) -> Check:
-        return self._join("and", other)
+    def __and__(self, other: Callable[..., bool]) -> Check:
+        joined: Check = self._join("and", other)
+        return joined
 
-    def __or__(self, other: Check) -> Check:
-        return self._join("or", other)
+    def __or__(self, other: Callable[..., bool]) -> Check:
+        joined: Check = self._join("or", other)
+        return joined
 
     def __invert__(self) -> Check:
         return Check("not", (self,))
 
-    def _join(self, kind: str, other: Check) -> Check:
+    def _join(self, kind: str, other: Any) -> Any:
         if not callable(other):
             return NotImplemented
-        if kind == "and" and _EVERYTHING in (self, other):
+        if kind == "and" and isinstance(other, Check) and _EVERYTHING in (self, other):
             return other if self == _EVERYTHING else self
         return Check(kind, (self, other))
 

@@ -83,6 +83,9 @@ class Reparameterization(_Mixin):
 def adopt(module: nn.Module, method: type[Reparameterization], names: Iterable[str] = ("weight",), **params: Any) -> None:
     """Let ``method`` take over the named weights of ``module``, in place; they are frozen.
 
+    The names are checked before anything changes. If the method itself fails, the layer is left half adopted; `enable_fine_tuning`
+    undoes that, a direct caller discards the layer.
+
     Args:
         module: a layer; adopted modules may be adopted again for further names.
         method: a subclass of `Reparameterization`.
@@ -94,8 +97,8 @@ def adopt(module: nn.Module, method: type[Reparameterization], names: Iterable[s
             extended, or the method overwrites an attribute the layer already has.
     """
     method = method.specialize(module)
-    for name in names:
-        weight = adoptable_parameter(module, name)
+    weights = {name: adoptable_parameter(module, name) for name in names}
+    for name, weight in weights.items():
         weight.requires_grad_(False)
         was = adoptions_of(module)
         _set_class(module, original_class_of(module), (*was, (name, method)))
@@ -258,7 +261,7 @@ def _merged_property(name: str) -> property:
         if not torch.compiler.is_compiling():
             if self.training and torch.is_grad_enabled():
                 raise StateError("the model is merged, so training would not reach its adapters: call unmerge(model) first.")
-            if self._gift_merge_stamp != _stamp(self):
+            if not _is_current(self):
                 set_merged(self, False)
                 set_merged(self, True)
         return self._buffers[key]
@@ -269,7 +272,7 @@ def _merged_property(name: str) -> property:
 def _compute(method: type[Reparameterization], owner: Any, frozen: Tensor, name: str) -> Tensor:
     device = frozen.device.type
     try:
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # a weight is built in its own precision, so that merged and unmerged weights agree under autocast
             with torch.autocast(device, enabled=False):
                 weight = method.reparameterize(owner, frozen)
@@ -287,11 +290,31 @@ def _merged_name(name: str) -> str:
     return f"merged_{name}"
 
 
-def _stamp(module: nn.Module) -> tuple[int, ...]:
-    # what was read when merging: an optimizer step, a load or a move since then shows here
-    return tuple(
-        0 if parameter.is_inference() else parameter._version for parameter in module._parameters.values() if parameter is not None
+def _stamp(module: nn.Module) -> tuple[tuple[nn.Parameter, Tensor, int], ...]:
+    # what was read when merging; the tensors are kept, so that no later one can have their id or address
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return tuple((parameter, parameter.detach(), _version(parameter)) for parameter in parameters)
+
+
+def _is_current(module: nn.Module) -> bool:
+    """Whether nothing was written or replaced since merging: by an optimizer, a load, a move, another adapter's tensors."""
+    now = [parameter for parameter in module._parameters.values() if parameter is not None]
+    then: Any = module._gift_merge_stamp
+    return len(now) == len(then) and all(
+        parameter is read and version == _version(parameter) and _address(parameter) == _address(data)
+        for parameter, (read, data, version) in zip(now, then, strict=True)
     )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0  # a tensor of torch.func has no memory of its own
 
 
 def _detached(module: nn.Module, name: str) -> Tensor:

@@ -95,7 +95,7 @@ def _complete(
     tuning = find_tuning(module)
     if tuning is None:
         return
-    own = {key: tensor for buffers in (False, True) for key, _, _, tensor in named_tensors(module, buffers=buffers)}
+    own = _persistent(module)
     given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     is_base = bool(tuning.frozen) and given.issuperset(tuning.frozen) and given.isdisjoint(tuning.adapter)
     if strict:
@@ -111,8 +111,10 @@ def _complete(
 
 def _refuse_misfits(tuning: Tuning, own: dict[str, Tensor], given: set[str], state_dict: StateDict, prefix: str, is_base: bool) -> None:
     # torch would copy until it meets the first misfit and skip the rest: everything is checked before anything is written
-    required = set(tuning.trained) | set(tuning.statistics)
-    missing = required - given - (set(tuning.adapter) if is_base else set())
+    # what the module has and the tuning does not know was added since
+    missing = set(own) - given - set(tuning.frozen) - set(tuning.buffers) - (set(tuning.adapter) if is_base else set())
+    if not any(map(_is_counter, given)):
+        missing = {key for key in missing if not _is_counter(key)}  # a checkpoint older than the counter: torch knows its version
     frozen_given = given & set(tuning.frozen)
     partial = frozen_given if len(frozen_given) != len(set(tuning.frozen)) else set()
     misshapen = [
@@ -120,9 +122,9 @@ def _refuse_misfits(tuning: Tuning, own: dict[str, Tensor], given: set[str], sta
         for key in sorted(given & set(own))
         if _shape(state_dict[prefix + key]) != tuple(own[key].shape)
     ]
-    unknown = sorted(key for key in given - set(own) if not key.endswith(("_extra_state", "num_batches_tracked")))
+    unknown = sorted(key for key in given - set(own) if not key.endswith("_extra_state"))
     problems = [
-        *(f"missing: {key}" for key in sorted(missing) if not key.endswith("num_batches_tracked")),
+        *(f"missing: {key}" for key in sorted(missing)),
         *(f"unexpected: {key}" for key in unknown),
         *(f"only a part of the frozen base is given: {key}" for key in sorted(partial)[:3]),
         *(f"wrong shape: {line}" for line in misshapen),
@@ -133,6 +135,18 @@ def _refuse_misfits(tuning: Tuning, own: dict[str, Tensor], given: set[str], sta
             + "\n  ".join(problems)
             + "\nA tuned model takes its trained part, or a whole checkpoint of the original model."
         )
+
+
+def _persistent(root: nn.Module) -> dict[str, Tensor]:
+    own = {key: parameter for key, _, _, parameter in named_tensors(root, buffers=False)}
+    persistent = {
+        key: buffer for key, module, name, buffer in named_tensors(root, buffers=True) if name not in module._non_persistent_buffers_set
+    }
+    return own | persistent
+
+
+def _is_counter(key: str) -> bool:
+    return key.rpartition(".")[2] == "num_batches_tracked"
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from gift_core.capabilities import Capabilities
 from gift_core.caps import Cap, Caps
 from gift_core.errors import InvalidPluginError, StrategyError
 from gift_core.factories import is_root, keep_trainable, selects
@@ -29,6 +30,7 @@ class FineTuningStrategy:
     Attributes:
         name: the registered name, the same as the entry point's; None for a strategy that is not registered.
         plugin_api: the generation of the plugin API it was written for.
+        capabilities: what it promises beyond what every strategy does.
 
     Raises:
         StrategyError: if a cap or a constraint is malformed.
@@ -36,6 +38,7 @@ class FineTuningStrategy:
 
     name: ClassVar[str | None] = None
     plugin_api: ClassVar[int] = PLUGIN_API
+    capabilities: ClassVar[Capabilities] = Capabilities()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FineTuningStrategy:
         # the arguments are the strategy's form as data; kept here, so that no subclass has to remember it

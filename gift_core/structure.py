@@ -107,8 +107,11 @@ def _compare(old: _Module) -> Change | None:
         before, after = old.attributes.get(key, ABSENT), now.get(key, ABSENT)
         if before is not after:
             attributes[key] = (before, after)
-        if isinstance(before, (dict, set, list)) and (found := _compare_container(old.containers.get(key, type(before)()), before)):
-            entries[key] = found
+        if isinstance(before, (dict, set, list)):
+            held = old.containers.get(key, type(before)())
+            found = _compare_container(held, before)
+            if found or (isinstance(before, dict) and list(held) != list(before)):
+                entries[key] = found
     if not (cls or attributes or entries):
         return None
     return Change(module, cls, attributes, entries, {key: list(old.containers.get(key, ())) for key in entries})

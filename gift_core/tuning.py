@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,7 @@ def enable_fine_tuning(
     before = take_snapshot(module)
     structure = structure_digest(module)
     base_keys = {key for key, *_ in named_tensors(module, buffers=False)}
+    own = list(module.parameters())
     with _all_or_nothing(module, before):
         originals = _apply(plan, keep_originals)
         _refuse_conflicts(module)
@@ -87,7 +88,7 @@ def enable_fine_tuning(
             changes=before.changes_since(),
             flags=before.flags,
             originals=originals,
-            has_originals=keep_originals,
+            has_originals=keep_originals or not any(parameter.requires_grad for parameter in own),
             **classify_keys(module, base_keys),
         )
         set_tuning(module, tuning)
@@ -224,12 +225,14 @@ def _apply(plan: TuningPlan, keep_originals: bool) -> list[Original]:
         for key, module, name, buffer in _once(named_tensors(plan.module, buffers=True))
     ]
     known = list(_once(named_tensors(plan.module, buffers=False)))
+    flags = {id(parameter): parameter.requires_grad for _, _, _, parameter in known}
     for site in plan.frozen:
         site.parameter.requires_grad_(False)
-    kept = [(action, _act(action)) for action in plan.actions]
-    for action, parameters in kept:
-        if any(not parameter.requires_grad for parameter in parameters):
-            raise SiteError(f"{site_name(*action.site)} is kept trainable, but shares a tensor with a site that is not: exclude one.")
+    done = [(action, _act(action, flags)) for action in plan.actions]
+    for action, wishes in done:
+        for parameter, trains in wishes:
+            if parameter.requires_grad != trains:
+                _refuse_disagreement(action, trains)
     if keep_originals:
         originals += [
             Original(module, name, key, parameter.detach().clone(), False)
@@ -247,12 +250,22 @@ def _once(tensors: Iterator[tuple[str, nn.Module, str, Tensor]]) -> Iterator[tup
             yield item
 
 
-def _act(action: PlannedAction) -> list[Tensor]:
-    """Run one action and give the base's own tensors that it leaves trainable.
+def _refuse_disagreement(action: PlannedAction, trains: bool) -> NoReturn:
+    here, there = ("trains", "frozen or adapted") if trains else ("is frozen or adapted", "trained")
+    raise SiteError(
+        f"{site_name(*action.site)} {here}, but shares a tensor (tied weights) with a site that is {there}: exclude one of the two."
+    )
+
+
+def _act(action: PlannedAction, flags: dict[int, bool]) -> list[tuple[Tensor, bool]]:
+    """Run one action and give the parameters it answers for, each with whether it leaves them trainable.
 
     What it wrote into the base's own tensors is put back before the error leaves.
     """
     answered_for = list(parameters_at(action.site))
+    for parameter in answered_for:
+        # each action finds the model's own flag, so that what it leaves is its own wish, also for a tensor that another had
+        parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
     own = [_Held.of(tensor) for tensor in _own_tensors(action)]
     try:
         action()
@@ -272,7 +285,7 @@ def _act(action: PlannedAction) -> list[Tensor]:
             f"action {describe(action.cap.action)} wrote into the base model at {site_name(*action.site)}: an action registers "
             "tensors of its own and leaves the base's values alone. The model is as before."
         )
-    return [parameter for parameter in answered_for if parameter.requires_grad]
+    return [(parameter, parameter.requires_grad) for parameter in answered_for]
 
 
 def _own_tensors(action: PlannedAction) -> list[Tensor]:
@@ -319,14 +332,7 @@ def _refuse_conflicts(module: nn.Module) -> None:
         for weight, _ in adoptions_of(adopted):
             parameter = adopted._parameters[weight]
             if parameter is not None and parameter.requires_grad:
-                other = next(
-                    key
-                    for key, owner, _, tensor in named_tensors(module, buffers=False)
-                    if tensor is parameter and owner is not adopted
-                )
-                raise SiteError(
-                    f"{name}.{weight} is adapted, and the same tensor is kept trainable as {other!r} (tied weights): exclude one."
-                )
+                raise SiteError(f"{name}.{weight} is adapted and trains itself as well: an action leaves what it adapts frozen.")
     if not any(p.requires_grad for p in module.parameters()):
         raise NoMatchError("nothing would train: the actions of the strategy left every parameter frozen.")
 

@@ -135,6 +135,7 @@ def test_a_function_of_the_users_own_composes() -> None:
 
     assert [both(None, "", "", "Linear", nn.Linear(1, width)) for width in (2, 3)] == [False, True]
     assert "wide" in repr(both)
+    assert repr(selects() & wide & is_root()).endswith("wide) & is_root())")
     with pytest.raises(StrategyError, match="wide"):
         both.to_config()
 

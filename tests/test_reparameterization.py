@@ -540,6 +540,26 @@ def test_a_method_may_have_a_forward() -> None:
     assert torch.equal(layer(x), plain)
 
 
+def test_a_method_may_choose_its_class_by_the_layer() -> None:
+    """What ``specialize`` answers is what adopts the layer, and the generated class is still called after the method."""
+
+    class Chosen(Scale):
+        pass
+
+    class Choosing(Scale):
+        @classmethod
+        def specialize(cls, module: nn.Module) -> type[Reparameterization]:
+            return Chosen if isinstance(module, nn.Linear) else cls
+
+    linear, conv = nn.Linear(4, 3), nn.Conv1d(4, 3, 2)
+    for layer in (linear, conv):
+        adopt(layer, Choosing)
+
+    assert adoptions_of(linear) == (("weight", Chosen),)
+    assert adoptions_of(conv) == (("weight", Choosing),)
+    assert type(linear).__name__ == "ScaleLinear"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_effective_weight_has_the_weights_dtype(dtype: torch.dtype) -> None:
     """A method that computes in another precision gives a weight in the layer's own."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gift_core.adapter_file import _atomic
+from gift_core.atomic import atomic_path
 from gift_core.errors import AdapterWriteError, StateDictError
 
 
@@ -46,7 +46,7 @@ def save_weights(model: nn.Module, path: Path, *, force: bool) -> int:
     """
     refuse_overwriting(path, force)
     tensors = {key: _apart(key, value) for key, value in model.state_dict().items()}
-    with _atomic(path) as temporary:
+    with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"format": "pt"})
     return path.stat().st_size
 

@@ -7,14 +7,25 @@ never stops another.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from gift_core.errors import GiftWarning
+from gift_core.plugins.names import CORE, did_you_mean, is_near_miss, normalise
+from gift_core.plugins.settings import PluginSettings, current_settings, stands_for
+
 #: The entry-point group of strategies: a name and the class, or the function, that makes one.
 STRATEGIES = "gift.strategies"
+#: The entry-point group of modules and objects with hooks (see `gift_core.plugins.hooks`).
+PLUGINS = "gift.plugins"
 #: The entry-point group of the programs behind ``gift demo``: a name and a function ``main(argv) -> int``.
 DEMOS = "gift.demos"
+#: Every group, with what one of its entries is called.
+NOUNS = {STRATEGIES: "strategy", PLUGINS: "plugin", DEMOS: "demo"}
 
 _SECTION = re.compile(r"\[(?P<group>[^\[\]]+)\]")
 _ENTRY = re.compile(r"(?P<name>[^=]*[^=\s])\s*=\s*(?P<value>.*)")
@@ -32,6 +43,7 @@ class Provider:
         distribution: the package's name as it writes it; empty for what `register_strategy` was given.
         version: the package's version; empty likewise.
         summary: the package's one line about itself.
+        hook_plugin: the name of the plugin that registered it by hook; empty for an entry point.
     """
 
     name: str
@@ -40,6 +52,7 @@ class Provider:
     distribution: str
     version: str
     summary: str
+    hook_plugin: str = ""
 
     @property
     def identity(self) -> str:
@@ -79,11 +92,20 @@ class BrokenEntry:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockedEntry:
+    """A provider that a setting keeps from being used, and which one."""
+
+    provider: Provider
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Discovery:
     """All that the installed distributions say about one group, sorted by name."""
 
     providers: tuple[Provider, ...]
     broken: tuple[BrokenEntry, ...]
+    blocked: tuple[BlockedEntry, ...] = ()
 
     @property
     def conflicts(self) -> dict[str, tuple[Provider, ...]]:
@@ -93,10 +115,12 @@ class Discovery:
             names.setdefault(provider.name, []).append(provider)
         return {name: tuple(same) for name, same in names.items() if len(same) > 1}
 
-
-def normalise(distribution: str) -> str:
-    """The form in which two spellings of one distribution's name are equal, as in ``Gift_Core`` and ``gift-core``."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
+    def near_miss(self, provider: Provider) -> Provider | None:
+        """The provider of the core whose name this one could be taken for, if there is one."""
+        if normalise(provider.distribution) == CORE:
+            return None
+        official = [one for one in self.providers if normalise(one.distribution) == CORE]
+        return next((one for one in official if is_near_miss(provider.name, one.name)), None)
 
 
 def providers(group: str = STRATEGIES) -> list[Provider]:
@@ -108,8 +132,39 @@ def discover(group: str = STRATEGIES) -> Discovery:
     """Read a group from every installed distribution.
 
     Where a distribution is installed twice the first on ``sys.path`` counts, because its code is what an import finds. What
-    cannot be read is in ``broken``; nothing raises.
+    cannot be read is in ``broken``, and what a setting forbids in ``blocked``.
+
+    Raises:
+        PluginSettingError: if a variable has a value that is not allowed; nothing else raises.
     """
+    settings = current_settings()
+    providers, broken = _read(group)
+    if settings.isolated:
+        providers = [one for one in providers if normalise(one.distribution) == CORE]
+        broken = []
+    elif settings.allow or settings.block:
+        _warn_of_unknown_names(settings)
+    reasons = [(one, settings.refusal(one.distribution, one.name)) for one in providers]
+    return Discovery(
+        tuple(one for one, reason in reasons if reason is None),
+        tuple(broken),
+        tuple(BlockedEntry(one, reason) for one, reason in reasons if reason is not None),
+    )
+
+
+def path_state() -> tuple[tuple[str, int], ...]:
+    """Changes when something is installed, removed or put on ``sys.path``; cheap to compare."""
+    return tuple((entry, _modified(entry)) for entry in sys.path)
+
+
+def _modified(entry: str) -> int:
+    try:
+        return os.stat(entry or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _read(group: str) -> tuple[list[Provider], list[BrokenEntry]]:
     found: dict[str, Provider] = {}
     broken: list[BrokenEntry] = []
     for entry in (entry for _, entries in _candidates(group) for entry in entries):
@@ -121,10 +176,25 @@ def discover(group: str = STRATEGIES) -> Discovery:
             broken.append(_broken(entry, f"the same package already gives this name the value {found[key].value!r}"))
         else:
             found[key] = entry
-    return Discovery(
-        tuple(sorted(found.values(), key=lambda one: (one.name, normalise(one.distribution)))),
-        tuple(sorted(broken, key=lambda one: (one.distribution, one.name))),
-    )
+    providers = sorted(found.values(), key=lambda one: (one.name, normalise(one.distribution)))
+    return providers, sorted(broken, key=lambda one: (one.distribution, one.name))
+
+
+_checked: set[tuple[object, ...]] = set()
+
+
+def _warn_of_unknown_names(settings: PluginSettings) -> None:
+    # once for what is installed and set now: a list that is wrong is wrong once, however often it is read
+    state = (path_state(), settings)
+    if state in _checked:
+        return
+    _checked.add(state)
+    entries = [(one.distribution, one.name) for group in NOUNS for found in _read(group) for one in found]
+    known = {name for entry in entries for name in (*entry, ":".join(entry))}
+    for item in (*settings.allow, *settings.block):
+        if not any(stands_for(item, *entry) for entry in entries):
+            text = f"no installed plugin or package is called {item!r}, which the plugin settings name"
+            warnings.warn(text + did_you_mean(item, known), GiftWarning, stacklevel=3)
 
 
 def details(provider: Provider) -> dict[str, Any]:
@@ -132,10 +202,13 @@ def details(provider: Provider) -> dict[str, Any]:
 
     Only what it states is there. Empty for a provider that no installed package has.
     """
-    for distribution, found in _candidates(provider.group):
-        if provider in found:
-            return _facts(distribution)
-    return {}
+    distribution = distribution_of(provider)
+    return {} if distribution is None else _facts(distribution)
+
+
+def distribution_of(provider: Provider) -> Any:
+    """The installed distribution, as the metadata library has it, that provides an entry point; None if none does."""
+    return next((distribution for distribution, found in _candidates(provider.group) if provider in found), None)
 
 
 def _facts(distribution: Any) -> dict[str, Any]:
@@ -211,7 +284,8 @@ def _is_shadowed(distribution: Any, name: str) -> bool:
 
 def _place(distribution: Any) -> str:
     try:
-        return str(distribution)
+        # most versions of the backport write a distribution as an object at an address; the path is what tells where to look
+        return str(getattr(distribution, "_path", distribution))
     except Exception:
         return type(distribution).__name__
 

@@ -5,36 +5,30 @@ A name is ``name``, or ``distribution:name`` where two packages use the same one
 
 from __future__ import annotations
 
-import difflib
-import importlib
+import contextlib
 import sys
-import traceback
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from gift_core.errors import (
-    IncompatiblePluginError,
+    GiftWarning,
     InvalidPluginError,
+    PluginBlockedError,
     PluginConflictError,
     PluginError,
-    PluginLoadError,
     StrategyError,
+    UnknownDemoError,
+    UnknownPluginError,
     UnknownStrategyError,
 )
-from gift_core.plugins.discovery import DEMOS, STRATEGIES, Discovery, Provider, discover, normalise
+from gift_core.plugins.discovery import NOUNS, PLUGINS, STRATEGIES, BlockedEntry, Discovery, Provider, discover
+from gift_core.plugins.hook_plugins import CORE_NAMES, plugins_by_hand, registered_things
+from gift_core.plugins.loading import check_generation, fields, load_callable
+from gift_core.plugins.names import CORE, did_you_mean, is_called, normalise
+from gift_core.plugins.settings import PluginSettings, isolation
 
-#: The generation of the plugin API that this core speaks.
-PLUGIN_API = 1
-
-#: The distribution whose names no other can take.
-CORE = "gift-core"
-
-_NOUNS = {STRATEGIES: "strategy", DEMOS: "demo"}
 _registered: dict[str, Callable[..., Any]] = {}
-
-
-class UnknownDemoError(PluginError, LookupError):
-    """No installed package provides a demo of that name."""
 
 
 def register_strategy(name: str, factory: Callable[..., Any], *, replace: bool = False) -> None:
@@ -63,8 +57,8 @@ def register_strategy(name: str, factory: Callable[..., Any], *, replace: bool =
     for provider in discover(STRATEGIES).providers:
         if provider.name == name:
             message = f"a strategy named {name!r} is installed already, from {provider.distribution} {provider.version}."
-            raise PluginConflictError(message, **_fields(provider), hint="Take another name.")
-    _check_generation(factory, _provider_of_registered(name, factory))
+            raise PluginConflictError(message, **fields(provider), hint="Take another name.")
+    check_generation(factory, _provider_of_registered(name, factory))
     _registered[name] = factory
 
 
@@ -79,35 +73,90 @@ def unregister_strategy(name: str) -> None:
     del _registered[name]
 
 
-def strategy_names() -> list[str]:
-    """The names that can be used, sorted: those of installed packages and those registered in this process."""
-    return sorted({provider.name for provider in discover(STRATEGIES).providers} | _registered.keys())
+def strategy_names(*, hooks: bool = False) -> list[str]:
+    """The names that can be used, sorted: those of installed packages and those registered in this process.
+
+    Args:
+        hooks: also those that plugins register by hook, which imports and runs the plugins.
+    """
+    names = {provider.name for provider in discover(STRATEGIES).providers} | _registered.keys()
+    return sorted(names | ({provider.name for provider, _ in registered_things("strategy")} if hooks else set()))
 
 
-def find_provider(name: str, group: str = STRATEGIES) -> Provider:
-    """Find who provides a name; reads metadata and imports nothing of it.
+@contextlib.contextmanager
+def isolated_plugins() -> Iterator[PluginSettings]:
+    """A context in which nothing that is installed is seen, only the core's own names and what is registered inside.
+
+    What was registered before is hidden, and what is registered inside is forgotten when the context ends.
+    """
+    registered, by_hand = dict(_registered), plugins_by_hand()
+    plugins = dict(by_hand)
+    _registered.clear()
+    by_hand.clear()
+    try:
+        with isolation() as settings:
+            yield settings
+    finally:
+        _registered.clear()
+        _registered.update(registered)
+        by_hand.clear()
+        by_hand.update(plugins)
+
+
+def find_provider(name: str, group: str = STRATEGIES, *, hooks: bool = True) -> Provider:
+    """Find who provides a name; reads metadata, and imports plugins with hooks only if no entry point provides the name.
 
     Args:
         name: ``name`` or ``distribution:name``.
         group: the entry-point group to search.
+        hooks: whether plugins may be imported, to ask them for strategies that no entry point provides.
 
     Raises:
         UnknownStrategyError: if there is no such strategy; the message has the nearest names and all installed ones.
-        UnknownDemoError: likewise for a demo.
+        UnknownDemoError: likewise for a demo; `UnknownPluginError` for a plugin with hooks.
         PluginConflictError: if two distributions provide the bare name.
+        PluginBlockedError: if a setting keeps it from being used.
         InvalidPluginError: if there is such an entry and it cannot be read.
     """
     if group == STRATEGIES and name in _registered:
         return _provider_of_registered(name, _registered[name])
     found = discover(group)
-    matches = [provider for provider in found.providers if _is_called(provider, name)]
+    matches = [one for one in found.providers if is_called(name, one.distribution, one.name)]
+    by_hook: list[Provider] = []
+    if hooks and not matches and group == STRATEGIES and not any(_is_blocked(name, entry) for entry in found.blocked):
+        by_hook = [one for one, _ in registered_things("strategy")]
+        matches = [one for one in by_hook if is_called(name, one.distribution, one.name)]
     own = [provider for provider in matches if normalise(provider.distribution) == CORE]
     if len(matches) > 1 and not own:
         _conflict(name, matches)
     if not matches:
+        _refuse_blocked(name, found)
         _refuse_broken(name, found)
-        _unknown(name, group, [one.name for one in found.providers] + (list(_registered) if group == STRATEGIES else []))
+        _unknown(name, group, [one.name for one in (*found.providers, *by_hook)] + (list(_registered) if group == STRATEGIES else []))
     return (own or matches)[0]
+
+
+def find_thing(kind: str, name: str) -> Callable[..., Any]:
+    """Find a check or an action that a plugin registered by hook; the core's own are in `gift_core.factories`.
+
+    Args:
+        kind: "check" or "action".
+        name: ``name`` or ``distribution:name``.
+
+    Raises:
+        UnknownPluginError: if no plugin registered it; the message has the nearest names.
+        PluginConflictError: if two did.
+    """
+    things = list(registered_things(kind))
+    matches = [(one, thing) for one, thing in things if is_called(name, one.distribution, one.name)]
+    if len(matches) > 1:
+        _conflict(name, [provider for provider, _ in matches], kind)
+    if not matches:
+        known = sorted({one.name for one, _ in things} | CORE_NAMES[kind])
+        hint = "Others come with packages, which register them by hook."
+        message = f"no {kind} named {name!r}{did_you_mean(name, known)}\nKnown: {', '.join(known)}."
+        raise UnknownPluginError(message, name=name, hint=hint)
+    return matches[0][1]
 
 
 def load_strategy(name: str) -> object:
@@ -120,12 +169,16 @@ def load_strategy(name: str) -> object:
         Its class, or the function that makes it.
 
     Raises:
-        PluginError: if it is unknown, in conflict, cannot be imported, is not what its entry point promises, or was written for
-            another generation of the plugin API; each has its own class.
+        PluginError: if it is unknown, blocked, in conflict, cannot be imported, is not what its entry point promises, or was written
+            for another generation of the plugin API; each has its own class.
     """
     if name in _registered:
         return _registered[name]
-    return load(find_provider(name))
+    provider = find_provider(name)
+    if (official := discover(STRATEGIES).near_miss(provider)) is not None:
+        text = f"strategy {name!r} is {provider.distribution}'s; {official.name!r}, nearly the same name, is {official.distribution}'s."
+        warnings.warn(f"{text} If you meant that one, write {official.name!r}.", GiftWarning, stacklevel=2)
+    return load(provider)
 
 
 def load(provider: Provider, *, extra: str | None = None) -> Callable[..., Any]:
@@ -140,14 +193,13 @@ def load(provider: Provider, *, extra: str | None = None) -> Callable[..., Any]:
         InvalidPluginError: if its module lacks the attribute, or that cannot be called.
         IncompatiblePluginError: if it was written for another generation of the plugin API.
     """
+    if provider.hook_plugin:
+        thing = next(thing for one, thing in registered_things("strategy") if one == provider)
+        check_generation(thing, provider)
+        return thing
     if not provider.distribution and provider.name in _registered:
         return _registered[provider.name]
-    target = _attribute(_import(provider, extra), provider)
-    if not callable(target):
-        message = f"{_subject(provider)} is {target!r}, neither a class nor a function."
-        raise InvalidPluginError(message, **_fields(provider), hint=_tell_authors(provider))
-    _check_generation(target, provider)
-    return target
+    return load_callable(provider, extra=extra)
 
 
 def provider_of(strategy: object) -> Provider | None:
@@ -170,26 +222,7 @@ def provider_of(strategy: object) -> Provider | None:
     return next((provider for test in tests for provider in found if test(provider, candidates)), None)
 
 
-def dependency_error(provider: Provider, error: ModuleNotFoundError, extra: str | None = None) -> PluginLoadError:
-    """The error that tells which module a plugin misses, and the command that brings it."""
-    missing = error.name or str(error)
-    command = f"pip install '{provider.distribution}[{extra}]'" if extra else f"pip install --upgrade {provider.distribution}"
-    hint = f"Try: {command}" if extra else f"Try: {command}, or install what provides {missing!r}."
-    message = f"{_subject(provider)} needs the module {missing!r}, a dependency that is not installed."
-    return PluginLoadError(message, **_fields(provider), hint=hint)
-
-
-def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Up to three of the names, the most similar first."""
-    return difflib.get_close_matches(name, sorted(set(names)), n=3, cutoff=0.5)
-
-
 # --- finding
-
-
-def _is_called(provider: Provider, name: str) -> bool:
-    distribution, colon, bare = name.rpartition(":")
-    return provider.name == bare and (not colon or normalise(provider.distribution) == normalise(distribution))
 
 
 def _provider_of_registered(name: str, factory: Callable[..., Any]) -> Provider:
@@ -200,8 +233,8 @@ def _describe(factory: Callable[..., Any]) -> str:
     return f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', repr(factory))}"
 
 
-def _conflict(name: str, matches: list[Provider]) -> NoReturn:
-    noun = _NOUNS.get(matches[0].group, "plugin")
+def _conflict(name: str, matches: list[Provider], kind: str | None = None) -> NoReturn:
+    noun = kind or NOUNS.get(matches[0].group, "plugin")
     sources = " and ".join(f"{provider.distribution} {provider.version}" for provider in matches)
     ways = " or ".join(repr(provider.identity) for provider in matches)
     raise PluginConflictError(
@@ -214,12 +247,24 @@ def _conflict(name: str, matches: list[Provider]) -> NoReturn:
     )
 
 
+def _is_blocked(name: str, entry: BlockedEntry) -> bool:
+    return is_called(name, entry.provider.distribution, entry.provider.name)
+
+
+def _refuse_blocked(name: str, found: Discovery) -> None:
+    for entry in found.blocked:
+        if _is_blocked(name, entry):
+            one = entry.provider
+            message = f"{NOUNS.get(one.group, 'plugin')} {name!r} of {one.distribution} {one.version} is blocked: {entry.reason}."
+            raise PluginBlockedError(message, **fields(one), hint="Change that variable, or the setting of the same meaning.")
+
+
 def _refuse_broken(name: str, found: Discovery) -> None:
     distribution, _, bare = name.rpartition(":")
     for entry in found.broken:
         if entry.name == bare and (not distribution or normalise(entry.distribution) == normalise(distribution)):
             raise InvalidPluginError(
-                f"{_NOUNS.get(entry.group, 'plugin')} {name!r} of {entry.distribution} cannot be used: {entry.reason}.",
+                f"{NOUNS.get(entry.group, 'plugin')} {name!r} of {entry.distribution} cannot be used: {entry.reason}.",
                 name=entry.name,
                 distribution=entry.distribution,
                 version=entry.version or None,
@@ -229,77 +274,17 @@ def _refuse_broken(name: str, found: Discovery) -> None:
 
 
 def _unknown(name: str, group: str, names: Iterable[str]) -> NoReturn:
-    installed = sorted(set(names))
-    similar = nearest(name.rpartition(":")[2], installed)
-    noun = _NOUNS.get(group, "plugin")
-    question = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "."
-    message = f"no {noun} named {name!r}{question}\nInstalled: {', '.join(installed) or 'none'}."
+    installed, bare = sorted(set(names)), name.rpartition(":")[2].strip()
+    noun = NOUNS.get(group, "plugin")
+    message = f"no {noun} named {name!r}{did_you_mean(bare, installed)}\nInstalled: {', '.join(installed) or 'none'}."
+    if group == PLUGINS:
+        raise UnknownPluginError(message, name=name, hint="See gift list --all.")
     if group != STRATEGIES:
         raise UnknownDemoError(message, name=name, hint="Demos come with strategy packages; see gift demo --list.")
-    package = normalise(name.rpartition(":")[2].strip())
-    raise UnknownStrategyError(message, name=name, hint=f"Others come with packages: pip install gift-{package}-plugin.")
+    raise UnknownStrategyError(message, name=name, hint=f"Others come with packages: pip install gift-{normalise(bare)}-plugin.")
 
 
-# --- loading
-
-
-def _import(provider: Provider, extra: str | None) -> object:
-    try:
-        return importlib.import_module(provider.module)
-    except ModuleNotFoundError as error:
-        if _is_own(provider, error.name):
-            raise PluginLoadError(
-                f"{_subject(provider)} names its own module {error.name!r}, which is not there.",
-                **_fields(provider),
-                hint=f"The installation is incomplete: pip install --force-reinstall {provider.distribution}",
-            ) from error
-        raise dependency_error(provider, error, extra) from error
-    except (Exception, SystemExit) as error:
-        raise _load_error(provider, error) from error
-
-
-def _attribute(module: object, provider: Provider) -> object:
-    target = module
-    for part in filter(None, provider.attribute.split(".")):
-        try:
-            target = getattr(target, part)
-        except AttributeError as error:
-            similar = nearest(part, [name for name in dir(target) if not name.startswith("_")])
-            raise InvalidPluginError(
-                f"{_subject(provider)} names {provider.attribute!r}, and {provider.module} has no such attribute"
-                + (f"; the nearest is {similar[0]!r}." if similar else "."),
-                **_fields(provider),
-                hint=_tell_authors(provider),
-            ) from error
-        except (Exception, SystemExit) as error:  # a module may import on access
-            raise _load_error(provider, error) from error
-    return target
-
-
-def _load_error(provider: Provider, error: BaseException) -> PluginLoadError:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    what = "ended the program" if isinstance(error, SystemExit) else f"raised {type(error).__name__}: {error}"
-    return PluginLoadError(
-        f"{_subject(provider)} could not be imported: {provider.module} {what}{place}.",
-        **_fields(provider),
-        hint=f"The plugin is at fault, not your code: pip install --upgrade {provider.distribution}, or tell its authors.",
-    )
-
-
-def _check_generation(target: object, provider: Provider) -> None:
-    generation = getattr(target, "plugin_api", PLUGIN_API)
-    if generation != PLUGIN_API:
-        raise IncompatiblePluginError(
-            f"{_subject(provider)} was written for plugin API {generation!r}; this gift-core speaks {PLUGIN_API}.",
-            **_fields(provider),
-            hint=f"Upgrade both: pip install --upgrade gift-core {provider.distribution}".rstrip(),
-        )
-
-
-def _is_own(provider: Provider, missing: str | None) -> bool:
-    top = provider.module.partition(".")[0]
-    return missing is not None and missing.partition(".")[0] == top
+# --- provenance
 
 
 def _imports_as(provider: Provider, candidates: list[object]) -> bool:
@@ -329,22 +314,3 @@ def _gives(provider: Provider, candidates: list[object]) -> bool:
 def _shares_package(provider: Provider, candidates: list[object]) -> bool:
     tops = {str(getattr(candidate, "__module__", "")).partition(".")[0] for candidate in candidates}
     return provider.module.partition(".")[0] in tops
-
-
-def _subject(provider: Provider) -> str:
-    noun = _NOUNS.get(provider.group, "plugin")
-    source = f" of {provider.distribution} {provider.version}".rstrip() if provider.distribution else ""
-    return f"{noun} {provider.name!r}{source}"
-
-
-def _tell_authors(provider: Provider) -> str:
-    return f"Its entry point is {provider.value!r}; tell the authors of {provider.distribution}, or try a newer version."
-
-
-def _fields(provider: Provider) -> dict[str, str | None]:
-    return {
-        "name": provider.name,
-        "distribution": provider.distribution or None,
-        "version": provider.version or None,
-        "entry_point": provider.value,
-    }

@@ -18,6 +18,7 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture
 def quick_task():
+    """The digits demo, made short."""
     return digits.task(Options(seed=0, epochs=1, quick=True))
 
 

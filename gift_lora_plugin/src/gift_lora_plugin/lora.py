@@ -80,11 +80,20 @@ class LoRA(Reparameterization):
         return add_low_rank(weight, self.lora_B, self.lora_A, self.lora_scaling)
 
 
+def _refuse_tracing(input: object) -> None:
+    if isinstance(input, torch.fx.Proxy):
+        raise SiteError(
+            "torch.fx traces into an adapted layer, where it would take the weight for a constant: make the layer a leaf of the "
+            "tracer, as layers of torch.nn inside a model are, or merge_and_unload(model) first."
+        )
+
+
 class LinearLoRA(LoRA):
     """LoRA on `torch.nn.Linear`: two thin products on the input instead of a weight of full size."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
+        _refuse_tracing(input)
         frozen = self._parameters["weight"]
         assert frozen is not None  # it is adapted
         thin = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
@@ -97,6 +106,7 @@ class ConvLoRA(LoRA):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(batch, in, *space)`` to ``(batch, out, *space)``."""
+        _refuse_tracing(input)
         if not (self.training and self.lora_dropout):
             return super().forward(input)  # type: ignore[no-any-return]
         frozen = self._parameters["weight"]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from gift_core import FineTuningStrategy
+from gift_core.capabilities import Capabilities
 from gift_core.errors import ParameterError
 from gift_core.factories import is_instance, reparameterize, selects
 from gift_lora_plugin.lora import LoRA
@@ -59,6 +60,7 @@ class LoRAAllFineTuningStrategy(_LoRAStrategy):
     """
 
     name = "lora"
+    capabilities = Capabilities(layers=("Linear", "Conv1d", "Conv2d", "Conv3d"))
     _types = (nn.Linear, *_CONVOLUTIONS)
 
 
@@ -66,6 +68,7 @@ class LoRALinearFineTuningStrategy(_LoRAStrategy):
     """LoRA on every Linear layer; takes what `LoRAAllFineTuningStrategy` takes."""
 
     name = "lora-linear"
+    capabilities = Capabilities(layers=("Linear",))
     _types = (nn.Linear,)
 
 
@@ -73,6 +76,7 @@ class LoRAConvFineTuningStrategy(_LoRAStrategy):
     """LoRA on every convolution; takes what `LoRAAllFineTuningStrategy` takes."""
 
     name = "lora-conv"
+    capabilities = Capabilities(layers=("Conv1d", "Conv2d", "Conv3d"))
     _types = _CONVOLUTIONS
 
 

@@ -63,7 +63,7 @@ def task(options: Options) -> Task:
         images=data.inputs[parts.test],
         classes=[str(digit) for digit in NEW],
         recipes={
-            PROBE: Recipe(2 if options.quick else 150, 1e-2),
+            PROBE: Recipe(2 if options.quick else 150, 0.1),
             LORA: tuned,
             FULL: tuned._replace(learning_rate=3e-3, weight_decay=0.01),
         },

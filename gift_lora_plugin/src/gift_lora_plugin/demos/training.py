@@ -48,7 +48,8 @@ def train(model: nn.Module, data: Labelled, validation: Labelled, recipe: Recipe
     start = time.perf_counter()
     shuffle = torch.Generator().manual_seed(seed)
     batches = -(-len(data.labels) // recipe.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    # fused: one pass over each tensor, which shows on a CPU where all of a network trains
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     steps = recipe.epochs * batches
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.2)
     curve = []

@@ -1,0 +1,729 @@
+"""Adapter files: what is saved comes back from the file alone, and no bad file or full disk does harm."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    ALL,
+    Builder,
+    Delta,
+    attention,
+    cnn,
+    embedding,
+    fingerprint,
+    input_for,
+    lstm,
+    mlp,
+    nested,
+    refused,
+    single,
+    tensor_bytes,
+    tied,
+    train,
+)
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
+
+from gift_core import (
+    FineTuningStrategy,
+    FullFineTuningStrategy,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    load_adapter,
+    merge_and_unload,
+    merge_strategies,
+    merged,
+    read_adapter_info,
+    save_adapter,
+)
+from gift_core.adapter_file import FORMAT, _digest, _metadata, _read, tensor_digest
+from gift_core.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    AdapterWriteError,
+    StateError,
+    UnknownStrategyError,
+)
+from gift_core.factories import is_instance, reparameterize
+from gift_core.plugins import load_strategy, register_strategy, unregister_strategy
+from gift_lora_plugin import LoRAAllFineTuningStrategy, LoRAConvFineTuningStrategy, LoRALinearFineTuningStrategy
+
+BOTH = merge_strategies(LoRALinearFineTuningStrategy(rank=2, targets="head"), FullFineTuningStrategy("conv"))
+
+
+def tuned(builder: Builder = cnn, strategy: FineTuningStrategy | None = None) -> nn.Module:
+    """A model that was enabled and trained, in eval mode."""
+    model = builder()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        enable_fine_tuning(model, strategy or LoRAAllFineTuningStrategy(rank=2))
+        train(model, input_for(builder))
+    return model.eval()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the adapter goes."""
+    return tmp_path / "adapter.safetensors"
+
+
+def craft(
+    path: Path,
+    tensors: Callable[[dict[str, Tensor]], object] = lambda tensors: None,
+    description: Callable[[dict[str, Any]], object] = lambda description: None,
+) -> None:
+    """Change what a file holds and give it a digest that is right."""
+    info, content = _read(path)
+    described = {key: value for key, value in info.to_dict().items() if key != "file_bytes"}
+    described = {"format_version": 1, **described}
+    tensors(content)
+    described["tensors"] = {
+        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for key, value in content.items()
+    }
+    description(described)
+    described["digest"] = _digest(described, content)
+    save_file(content, path, _metadata(described))
+
+
+STRATEGIES: dict[str, tuple[Builder, FineTuningStrategy]] = {
+    **{f"lora {builder.__name__}": (builder, LoRAAllFineTuningStrategy(rank=2)) for builder in ALL},
+    "linear": (cnn, LoRALinearFineTuningStrategy(rank=2, lora_alpha=4)),
+    "conv": (cnn, LoRAConvFineTuningStrategy(rank=2)),
+    "conv layout": (cnn, LoRAAllFineTuningStrategy(conv_layout="out_as_h", rank=2)),
+    "train bias": (cnn, LoRAAllFineTuningStrategy(train_bias=True, rank=2)),
+    "kept head": (cnn, merge_strategies(LoRAConvFineTuningStrategy(rank=2), FullFineTuningStrategy("head"))),
+    "kept conv": (cnn, BOTH),
+    "BatchNorm": (cnn, merge_strategies(LoRALinearFineTuningStrategy(rank=2), FullFineTuningStrategy("bn"))),
+    "full": (cnn, FullFineTuningStrategy()),
+    "full, tied": (tied, FullFineTuningStrategy("embedding")),
+}
+
+
+@pytest.mark.parametrize(("builder", "strategy"), STRATEGIES.values(), ids=STRATEGIES)
+def test_from_the_file_alone(builder: Builder, strategy: FineTuningStrategy, path: Path) -> None:
+    """A fresh base and the file give what the trained model gives, in every bit, merged and unmerged, and can be undone."""
+    model, inputs = tuned(builder, strategy), input_for(builder)
+    fresh = builder().eval()
+    before = fingerprint(fresh)
+
+    save_adapter(model, path)
+    load_adapter(fresh, path)
+
+    assert torch.equal(fresh(inputs), model(inputs))
+    with merged(fresh), merged(model), torch.no_grad():
+        assert torch.equal(fresh(inputs), model(inputs))
+    assert {key: tensor_bytes(value) for key, value in fresh.state_dict().items()} == {
+        key: tensor_bytes(value) for key, value in model.state_dict().items()
+    }
+    disable_fine_tuning(fresh)
+    assert fingerprint(fresh) == before
+
+
+def test_statistics_come_along(path: Path) -> None:
+    """BatchNorm's statistics of the tuned model are in the file; statistics that did not move are the base's own."""
+    model = tuned()
+    still = cnn().eval()
+    enable_fine_tuning(still, LoRAAllFineTuningStrategy(rank=2))
+
+    assert "bn.running_mean" in save_adapter(model, path).tensors
+    fresh = load_into(cnn(), path)
+    assert torch.equal(fresh.get_buffer("bn.running_mean"), model.get_buffer("bn.running_mean"))
+    assert "bn.running_mean" not in save_adapter(still, path).tensors
+    load_adapter(fresh, path)
+    assert torch.equal(fresh.get_buffer("bn.running_mean"), torch.zeros(6))
+
+
+def load_into(model: nn.Module, path: Path) -> nn.Module:
+    """Load and give the model."""
+    load_adapter(model, path)
+    return model
+
+
+def test_scratch_buffers_stay_out(path: Path) -> None:
+    """A buffer that is not persistent is no part of an adapter, so that a cache that grew does not hinder loading."""
+    model = tuned(nested)
+    model.register_buffer("scratch", torch.ones(5), persistent=False)
+
+    info = save_adapter(model, path)
+
+    assert "scratch" not in info.tensors
+    load_adapter(nested(), path)
+
+
+def test_what_the_file_says(path: Path) -> None:
+    """The description names strategy, provider, sites, tensors and size, and reading gives what saving gave."""
+    strategy = LoRAAllFineTuningStrategy(rank=2, conv_layout="out_as_h")
+    model = tuned(strategy=strategy)
+
+    info = save_adapter(model, path)
+
+    assert read_adapter_info(path) == info
+    assert info.strategy == strategy.to_config()
+    assert info.provider is not None and info.provider["distribution"] == "gift-lora-plugin"
+    assert info.sites == {"conv": {"weight": "ConvLoRA"}, "head": {"weight": "LinearLoRA"}}
+    assert set(info.base) == {"conv.weight", "head.weight"}
+    assert info.tensors["conv.lora_B"] == {"shape": [6, 2], "dtype": "float32"}
+    assert info.file_bytes == path.stat().st_size
+    assert json.loads(json.dumps(info.to_dict())) == info.to_dict()
+
+
+def test_reading_needs_no_plugin_and_no_model(path: Path) -> None:
+    """`read_adapter_info` imports no plugin."""
+    save_adapter(tuned(), path)
+    code = f"import sys, gift_core; gift_core.read_adapter_info({str(path)!r}); assert 'gift_lora_plugin' not in sys.modules"
+
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_tuned_model_takes_a_file(path: Path) -> None:
+    """A file loads into a model that is tuned with the same strategy, merged or wrapped too, and what it had is replaced."""
+    model, inputs = tuned(), input_for(cnn)
+    save_adapter(model, path)
+    target = cnn().eval()
+    enable_fine_tuning(target, LoRAAllFineTuningStrategy(rank=2))
+    wrapper = nn.Sequential(target)
+
+    with torch.no_grad(), merged(target):
+        base = target(inputs)
+        load_adapter(wrapper, path)
+        loaded = target(inputs)
+
+    assert not torch.equal(base, loaded)
+    assert torch.allclose(loaded, model(inputs), atol=1e-6)
+    assert torch.equal(target(inputs), model(inputs))
+
+
+def test_a_strategy_that_is_no_data(path: Path) -> None:
+    """The adapter of a strategy made of functions loads where that strategy is enabled; a plain model is told why not."""
+
+    def strategy() -> FineTuningStrategy:
+        return FineTuningStrategy(module_caps=[(is_instance("Linear"), reparameterize(Delta))])
+
+    model = tuned(mlp, strategy())
+    save_adapter(model, path)
+    target = mlp()
+    enable_fine_tuning(target, strategy())
+
+    load_adapter(target, path)
+
+    assert torch.equal(target(input_for(mlp)), model(input_for(mlp)))
+    with refused(plain := mlp(), AdapterMismatchError, "no registered name", "enable that strategy"):
+        load_adapter(plain, path)
+
+
+def test_a_plain_model_cannot_be_saved(path: Path) -> None:
+    """Saving a model that is not tuned is an error, and no file appears."""
+    with pytest.raises(StateError, match="enable_fine_tuning"):
+        save_adapter(cnn(), path)
+
+    assert not path.exists()
+
+
+def test_nothing_is_drawn(path: Path) -> None:
+    """Save, read, load (into plain and tuned models), merge and unload draw no random number."""
+    model = tuned()
+    random = torch.get_rng_state()
+
+    save_adapter(model, path)
+    read_adapter_info(path)
+    load_adapter(cnn(), path)
+    load_adapter(model, path)
+    with merged(model):
+        pass
+    merge_and_unload(model)
+
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_digest_is_of_the_content(path: Path) -> None:
+    """Saving the same adapter twice gives the same digest; after another step it is another."""
+    model = tuned()
+    first = save_adapter(model, path).digest
+
+    again = save_adapter(model, path).digest
+    train(model, input_for(cnn), steps=1)
+
+    assert again == first
+    assert save_adapter(model, path).digest != first
+
+
+# --- files that are not sound
+
+
+def test_no_file(path: Path) -> None:
+    """A path without a file is an error of GIFt's and a FileNotFoundError."""
+    with refused(model := cnn(), AdapterNotFoundError, str(path)):
+        load_adapter(model, path)
+
+    assert issubclass(AdapterNotFoundError, FileNotFoundError)
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    """A folder is no adapter file."""
+    with refused(model := cnn(), AdapterFileError, str(tmp_path)):
+        load_adapter(model, tmp_path)
+
+
+def test_truncated(path: Path) -> None:
+    """A file that ends early, anywhere, is refused, and the model is as it was."""
+    save_adapter(tuned(), path)
+    data = path.read_bytes()
+    model = cnn()
+    before = fingerprint(model)
+
+    for length in (*range(0, len(data), 97), len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(AdapterFileError):
+            load_adapter(model, path)
+
+    assert fingerprint(model) == before
+
+
+def test_more_than_the_file(path: Path) -> None:
+    """Bytes after the end are refused."""
+    save_adapter(tuned(), path)
+    path.write_bytes(path.read_bytes() + b"\0")
+
+    with pytest.raises(AdapterFileError):
+        read_adapter_info(path)
+
+
+def test_every_flipped_bit(path: Path) -> None:
+    """No single flipped bit goes unnoticed, and each raises AdapterFileError."""
+    model = single()
+    # numbers with an exponent and letters outside ASCII have several spellings in JSON
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1, lora_alpha=1e-05))
+    save_adapter(model, path)
+    craft(path, description=lambda description: description.update(strategy_text="é ∂"))
+    data = path.read_bytes()
+    read_adapter_info(path)
+    silent, other = [], []
+
+    with io.FileIO(path, "r+") as file:
+        for bit in range(8 * len(data)):
+            _write_at(file, bit // 8, data[bit // 8] ^ (1 << bit % 8))
+            try:
+                read_adapter_info(path)
+                silent.append(bit)
+            except AdapterFileError:
+                pass
+            except Exception as error:
+                other.append((bit, error))
+            _write_at(file, bit // 8, data[bit // 8])
+
+    assert not silent
+    assert not other
+
+
+def _write_at(file: io.FileIO, position: int, byte: int) -> None:
+    file.seek(position)
+    file.write(bytes([byte]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "empty": b"",
+        "text": b"not an adapter\n" * 20,
+        "zeros": bytes(4096),
+        "ones": b"\xff" * 4096,
+        "pickle": pickle.dumps({"weight": [1.0] * 100}),
+        "safetensors": save({"weight": torch.ones(3)}),
+        "other metadata": save({"weight": torch.ones(3)}, {"format": "pt"}),
+        "description no JSON": save({"weight": torch.ones(3)}, {"format": "pt", FORMAT: "{"}),
+        "description a list": save({"weight": torch.ones(3)}, {"format": "pt", FORMAT: "[]"}),
+        "description empty": save({"weight": torch.ones(3)}, {"format": "pt", FORMAT: "{}"}),
+        "deep JSON": save({"weight": torch.ones(3)}, {"format": "pt", FORMAT: "[" * 100_000}),
+        "header a list": (2).to_bytes(8, "little") + b"[]",
+        "huge header": (2**62).to_bytes(8, "little") + bytes(100),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_other_formats(content: tuple[str, bytes], path: Path) -> None:
+    """A file of another format is refused by its content, whatever it is called, and the model is as it was."""
+    path.write_bytes(content[1])
+
+    with refused(model := cnn(), AdapterFileError, str(path)):
+        load_adapter(model, path)
+
+
+def test_a_checkpoint_of_torch(path: Path) -> None:
+    """A file of `torch.save` is refused and never unpickled."""
+    buffer = io.BytesIO()
+    torch.save(_Explodes(), buffer)
+    path.write_bytes(buffer.getvalue())
+
+    with pytest.raises(AdapterFileError):
+        read_adapter_info(path)
+
+
+class _Explodes:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version(version: object, path: Path) -> None:
+    """A format version that this core does not know is refused with the version it reads."""
+    save_adapter(tuned(), path)
+    craft(path, description=lambda description: description.update(format_version=version))
+
+    with refused(model := cnn(), AdapterFileError, repr(version), "reads 1"):
+        load_adapter(model, path)
+
+
+@pytest.mark.parametrize("key", ["strategy", "sites", "structure", "base", "tensors", "provider"])
+def test_an_incomplete_description(key: str, path: Path) -> None:
+    """A description that lacks a part, or has it of another kind, is refused."""
+    save_adapter(tuned(), path)
+    craft(path, description=lambda description: description.update({key: 3}))
+
+    with refused(model := cnn(), AdapterFileError, key):
+        load_adapter(model, path)
+
+
+# --- sound files that do not fit
+
+
+def check_refused(path: Path, *says: str, model: nn.Module | None = None) -> None:
+    """Neither a plain nor a tuned model takes the file, and both are as they were."""
+    tuned_model = cnn()
+    enable_fine_tuning(tuned_model, LoRAAllFineTuningStrategy(rank=2))
+    for target in (model,) if model is not None else (cnn(), tuned_model):
+        with refused(target, AdapterMismatchError, *says):
+            load_adapter(target, path)
+
+
+def test_another_model(path: Path) -> None:
+    """A base of other names or shapes is refused."""
+    save_adapter(tuned(), path)
+
+    check_refused(path, model=mlp())
+    check_refused(path, model=nn.Sequential(cnn()))
+    wider = cnn()
+    wider.head = nn.Linear(6, 5)
+    check_refused(path, model=wider)
+    check_refused(path, "names or shapes", model=tuned(mlp))
+
+
+def test_another_base(path: Path) -> None:
+    """A base of the same shapes with other weights is refused by name, unless the check is switched off."""
+    save_adapter(tuned(), path)
+    other = cnn()
+    with torch.no_grad():
+        other.get_parameter("conv.weight")[0, 0, 0, 0] += 1e-6
+
+    check_refused(path, "conv.weight", "trained on", model=other)
+    load_adapter(other, path, check_base=False)
+    assert torch.equal(other.get_parameter("conv.lora_A"), tuned().get_parameter("conv.lora_A"))
+
+
+def test_another_dtype(path: Path) -> None:
+    """The base in another dtype is another base; with the check off, the adapter takes its dtype."""
+    save_adapter(tuned(), path)
+    half = cnn().to(torch.bfloat16)
+
+    check_refused(path, model=half)
+    load_adapter(half, path, check_base=False)
+    assert half.get_parameter("conv.lora_A").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("strategy", "says"),
+    [
+        (LoRAAllFineTuningStrategy(rank=3), "rank is 3 in the model, 2 in the file"),
+        (LoRAAllFineTuningStrategy(rank=2, lora_alpha=8), "lora_alpha is 8 in the model, None in the file"),
+        (LoRAAllFineTuningStrategy(rank=2, train_bias=True), "train_bias"),
+        (LoRAAllFineTuningStrategy(rank=2, conv_layout="out_as_h"), "conv_layout"),
+        (LoRALinearFineTuningStrategy(rank=2), "'lora-linear', the file was made with 'lora'"),
+        (FullFineTuningStrategy(), "in the file alone ['conv', 'head']"),
+    ],
+    ids=["rank", "alpha", "bias", "layout", "linear", "full"],
+)
+def test_another_strategy(strategy: FineTuningStrategy, says: str, path: Path) -> None:
+    """A model that is tuned otherwise than the file says is refused with the difference."""
+    save_adapter(tuned(), path)
+
+    check_refused(path, says, model=tuned(strategy=strategy))
+
+
+def test_a_missing_tensor(path: Path) -> None:
+    """A file without one of the adapter's tensors is refused by name."""
+    save_adapter(tuned(), path)
+    craft(path, lambda tensors: tensors.pop("conv.lora_A"))
+
+    check_refused(path, "missing: conv.lora_A")
+
+
+@pytest.mark.parametrize("key", ["extra", "conv.weight", "conv.bias", "conv.merged_weight"])
+def test_an_extra_tensor(key: str, path: Path) -> None:
+    """A file with a tensor that is no part of the adapter is refused; it can never write into the frozen base."""
+    save_adapter(tuned(), path)
+    shape = cnn().get_parameter(key).shape if key in ("conv.weight", "conv.bias") else (2,)
+    craft(path, lambda tensors: tensors.update({key: torch.zeros(shape)}))
+
+    check_refused(path, f"unexpected: {key}")
+
+
+def test_a_misshapen_tensor(path: Path) -> None:
+    """A tensor of another shape is refused, also where it could be broadcast."""
+    save_adapter(tuned(), path)
+    craft(path, lambda tensors: tensors.update({"conv.lora_B": torch.zeros(1, 2)}))
+
+    check_refused(path, "conv.lora_B is (1, 2) in the file, (18, 2) in the model")
+
+
+@pytest.mark.parametrize("key", ["conv.lora_A", "bn.running_var"])
+def test_nan(key: str, path: Path) -> None:
+    """NaN in a file is refused by the tensor's name."""
+    save_adapter(tuned(), path)
+    craft(path, lambda tensors: tensors[key][-1:].fill_(float("nan")))
+
+    check_refused(path, f"{key} holds NaN")
+
+
+def test_every_problem_at_once(path: Path) -> None:
+    """One error lists everything that does not fit."""
+    save_adapter(tuned(), path)
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        del tensors["conv.lora_A"]
+        tensors["head.lora_A"][0, 0] = float("nan")
+        tensors["head.lora_B"] = torch.zeros(5, 2)
+        tensors["extra"] = torch.zeros(1)
+
+    craft(path, spoil)
+
+    check_refused(path, "missing: conv.lora_A", "head.lora_A holds NaN", "head.lora_B is (5, 2)", "unexpected: extra")
+
+
+def test_other_sites(path: Path) -> None:
+    """A file that says it adapts other sites than the strategy does is refused."""
+    save_adapter(tuned(), path)
+    craft(path, description=lambda description: description["sites"].pop("head"))
+
+    check_refused(path, "in the model alone ['head']")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"name": "no-such-method", "parameters": {}}, "no-such-method"),
+        ({"name": "os:system", "parameters": {"command": "true"}}, "os:system"),
+        ({"name": "lora", "parameters": {"rank": 0}}, "rank"),
+        ({"name": "lora", "parameters": {"size": 1}}, "size"),
+        ({"name": "lora"}, "parameters"),
+        ({"name": ["lora"], "parameters": {}}, "name"),
+    ],
+    ids=["unknown", "module", "value", "parameter", "no parameters", "name"],
+)
+def test_a_strategy_that_cannot_be_built(config: dict[str, Any], says: str, path: Path) -> None:
+    """A strategy that is unknown or malformed is an error of GIFt's own; a file can never name a module."""
+    from gift_core.errors import GiftError
+
+    save_adapter(tuned(), path)
+    craft(path, description=lambda description: description.update(strategy=config))
+
+    with refused(model := cnn(), GiftError, says):
+        load_adapter(model, path)
+
+
+def test_the_plugin_is_not_installed(path: Path) -> None:
+    """Without the strategy's plugin the error names the distribution that has it."""
+    save_adapter(tuned(), path)
+    lost = {"name": "lora-of-tomorrow", "parameters": {}}
+    provider = {"distribution": "gift-tomorrow", "version": "3.1"}
+    craft(path, description=lambda description: description.update(strategy=lost, provider=provider))
+
+    with refused(model := cnn(), UnknownStrategyError, "lora-of-tomorrow", "pip install gift-tomorrow") as _:
+        load_adapter(model, path)
+    try:
+        load_adapter(model, path)
+    except UnknownStrategyError as error:
+        assert (error.name, error.distribution, error.version) == ("lora-of-tomorrow", "gift-tomorrow", "3.1")
+
+
+def test_a_strategy_of_this_process(path: Path) -> None:
+    """A strategy that was registered without a package is recorded by its name and found again by it."""
+    lora = load_strategy("lora")
+
+    class Mine(lora):  # type: ignore[valid-type, misc]
+        name = "mine"
+
+    register_strategy("mine", Mine)
+    try:
+        model = tuned(mlp, Mine(rank=1))
+        save_adapter(model, path)
+        fresh = load_into(mlp(), path)
+    finally:
+        unregister_strategy("mine")
+
+    assert torch.equal(fresh(input_for(mlp)), model(input_for(mlp)))
+    with refused(plain := mlp(), UnknownStrategyError, "mine"):
+        load_adapter(plain, path)
+
+
+# --- saving
+
+
+def test_saving_replaces_the_file(path: Path) -> None:
+    """The second save takes the place of the first, in one step, and leaves nothing else behind."""
+    model = tuned()
+    save_adapter(model, path)
+    handle = path.open("rb")
+    first = path.read_bytes()
+    train(model, input_for(cnn))
+
+    save_adapter(model, path)
+
+    with handle:
+        assert handle.read() == first  # who has the old file open keeps it whole
+    assert path.read_bytes() != first
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_nan_is_not_saved(path: Path) -> None:
+    """A model whose training went wrong is not saved over a good file."""
+    model = tuned()
+    save_adapter(model, path)
+    good = path.read_bytes()
+    with torch.no_grad():
+        model.get_parameter("conv.lora_A")[0, 0] = float("nan")
+
+    with pytest.raises(AdapterFileError, match=r"conv\.lora_A"):
+        save_adapter(model, path)
+
+    assert path.read_bytes() == good
+    assert os.listdir(path.parent) == [path.name]
+
+
+def _no_folder(tmp_path: Path) -> Path:
+    return tmp_path / "missing" / "adapter"
+
+
+def _under_a_file(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_text("text")
+    return tmp_path / "file" / "adapter"
+
+
+def _a_folder(tmp_path: Path) -> Path:
+    (tmp_path / "adapter").mkdir()
+    return tmp_path / "adapter"
+
+
+def _read_only(tmp_path: Path) -> Path:
+    if os.geteuid() == 0:  # root may write anywhere but where the kernel does not keep files
+        if not os.path.isdir("/proc/self"):
+            pytest.skip("no folder that root cannot write")
+        return Path("/proc/self/adapter")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    folder.chmod(0o555)
+    return folder / "adapter"
+
+
+def _long_name(tmp_path: Path) -> Path:
+    return tmp_path / ("a" * 300)
+
+
+def _here(tmp_path: Path) -> Path:
+    return Path("")
+
+
+@pytest.mark.parametrize("place", [_no_folder, _under_a_file, _a_folder, _read_only, _long_name, _here])
+def test_a_place_that_takes_no_file(place: Callable[[Path], Path], tmp_path: Path) -> None:
+    """A path that cannot be written is an AdapterWriteError, an OSError too, that says so; nothing appears there."""
+    model, target = tuned(), place(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    with pytest.raises(AdapterWriteError, match="could not be written") as caught:
+        save_adapter(model, target)
+
+    assert isinstance(caught.value, OSError)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX")
+def test_a_full_disk(path: Path) -> None:
+    """A disk that fills while saving is an AdapterWriteError; the old file is intact and no temporary one is left."""
+    save_adapter(tuned(), path)
+    before = path.read_bytes()
+    script = f"""
+        import resource, signal
+        import torch
+        from torch import nn
+        import gift_core
+        from gift_core.errors import AdapterWriteError
+
+        model = nn.Linear(400, 400)
+        gift_core.enable_fine_tuning(model, "lora")
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        for limit in (0, 100, 3000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                gift_core.save_adapter(model, {str(path)!r})
+            except AdapterWriteError:
+                continue
+            raise SystemExit(f"saved within {{limit}} bytes")
+    """
+
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_an_interrupt_while_saving(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the file is written leaves the old file and no temporary one."""
+    model = tuned()
+    save_adapter(model, path)
+    before = path.read_bytes()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gift_core.adapter_file.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, path)
+
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+# --- digests
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int8])
+def test_a_digest_changes_with_every_number(dtype: torch.dtype) -> None:
+    """The digest of a weight differs from that of a weight in which one bit, two rows or the shape differ."""
+    weight = torch.arange(12.0).reshape(3, 4).to(dtype)
+    digests = [tensor_digest(weight), tensor_digest(weight.flip(0)), tensor_digest(weight.flip(1)), tensor_digest(weight.view(4, 3))]
+    flat = weight.view(torch.uint8).flatten()
+    for byte in range(flat.numel()):
+        other = flat.clone()
+        other[byte] ^= 1
+        digests.append(tensor_digest(other.view(dtype).view(3, 4)))
+
+    assert len(set(digests)) == len(digests)
+    assert tensor_digest(weight.t().contiguous().t()) == digests[0]
+
+
+@pytest.mark.parametrize("builder", [attention, lstm, embedding])
+def test_a_failed_load_leaves_a_tuned_model(builder: Builder, path: Path) -> None:
+    """A file that does not fit leaves every value and object of a tuned model as it was."""
+    save_adapter(tuned(), path)
+
+    check_refused(path, model=tuned(builder))

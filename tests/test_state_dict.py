@@ -1,0 +1,450 @@
+"""What a tuned model saves and takes back: the trained part, strictly, at any depth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import ALL, Builder, Delta, cnn, embedding, fingerprint, input_for, nested, single, tensor_bytes, tied, train
+from torch import Tensor, nn
+
+from gift_core import (
+    FineTuningStrategy,
+    FullFineTuningStrategy,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    full_state_dict,
+    merge_strategies,
+)
+from gift_core.errors import StateDictError, StateError
+from gift_core.factories import is_root, reparameterize
+from gift_lora_plugin import LoRAAllFineTuningStrategy
+
+STATISTICS = {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Wrapper(nn.Module):
+    """Holds a model as ``module``, as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+class Larger(nn.Module):
+    """A tuned model among other layers, two levels down."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.BatchNorm1d(2)
+        self.inner = nn.ModuleDict({"model": module})
+
+
+WRAPS: dict[str, tuple[Wrap, str]] = {
+    "alone": (lambda module: module, ""),
+    "wrapped": (Wrapper, "module."),
+    "child": (Larger, "inner.model."),
+    "sequential": (lambda module: nn.Sequential(nn.Identity(), module), "1."),
+    "compiled": (lambda module: torch.compile(module, backend="eager"), "_orig_mod."),
+}
+
+
+def tuned(builder: Builder = cnn, strategy: FineTuningStrategy | None = None, steps: int = 2) -> nn.Module:
+    """A model that was enabled and, unless ``steps`` is 0, trained."""
+    model = builder()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        enable_fine_tuning(model, strategy or LoRAAllFineTuningStrategy(rank=2))
+        if steps:
+            train(model, input_for(builder), steps)
+    return model.eval()
+
+
+def trained_keys(model: nn.Module) -> set[str]:
+    """The oracle: walk the modules and look at what trains, under every name."""
+    return {
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules(remove_duplicate=False)
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    }
+
+
+def values(model: nn.Module) -> dict[str, bytes]:
+    """The bytes of everything, frozen or not."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {key: tensor_bytes(tensor) for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.__name__)
+def test_the_trained_part_and_nothing_else(builder: Builder) -> None:
+    """A tuned model's state dict holds every trainable parameter and the statistics of BatchNorm."""
+    model = tuned(builder, LoRAAllFineTuningStrategy(rank=1, train_bias=True))
+
+    expected = trained_keys(model) | (STATISTICS if builder is cnn else set())
+
+    assert set(model.state_dict()) == expected
+
+
+@pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.__name__)
+def test_a_state_dict_alone_moves_the_tuned_model(builder: Builder) -> None:
+    """The state dict of a trained model, loaded into a fresh one with another start, gives equal outputs."""
+    model, fresh = tuned(builder), tuned(builder, steps=1)
+    inputs = input_for(builder)
+
+    result = fresh.load_state_dict(model.state_dict())
+
+    assert not result.missing_keys and not result.unexpected_keys
+    assert torch.equal(fresh(inputs), model(inputs))
+
+
+@pytest.mark.parametrize(("wrap", "prefix"), WRAPS.values(), ids=WRAPS)
+def test_any_depth(wrap: Wrap, prefix: str) -> None:
+    """Inside another model the trained part keeps its size, gets the prefix, and loads back there."""
+    model, fresh = tuned(), tuned(steps=0)
+    alone = model.state_dict()
+    outer, other = wrap(model), wrap(fresh)
+
+    state = outer.state_dict()
+    other.load_state_dict(state)
+
+    assert {key for key in state if key.startswith(prefix)} == {prefix + key for key in alone}
+    assert all(torch.equal(state[prefix + key], value) for key, value in alone.items())
+    assert values(fresh) == values(model)
+
+
+def test_a_prefix_and_a_destination() -> None:
+    """``state_dict(destination=..., prefix=...)`` adds the trained part to what is there, as torch does."""
+    model = tuned()
+    destination = nn.Linear(1, 1).state_dict(prefix="conv.")
+    there = list(destination)
+
+    state = model.state_dict(destination=destination, prefix="net.")
+
+    assert state is destination
+    assert list(state) == there + [f"net.{key}" for key in model.state_dict()]
+
+
+def test_keys_of_the_surroundings_stay() -> None:
+    """Keys of a larger model that end or begin like frozen ones are not dropped."""
+    outer = nn.Module()
+    outer.model = tuned(single)
+    outer.weight = nn.Parameter(torch.ones(2))
+    outer.model_weight = nn.Parameter(torch.ones(2))
+
+    assert set(outer.state_dict()) == {"weight", "model_weight", "model.lora_A", "model.lora_B"}
+
+
+def test_metadata_is_kept() -> None:
+    """``_metadata``, which carries the versions of layers, is what the base model's state dict has."""
+    base, model = cnn(), tuned()
+
+    assert dict(model.state_dict()._metadata) == dict(base.state_dict()._metadata)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrap", [wrap for wrap, _ in WRAPS.values()], ids=list(WRAPS))
+@pytest.mark.parametrize("kind", ["missing", "missing statistic", "unexpected", "misshapen", "partial base", "no tensor"])
+def test_a_misfit_is_refused(wrap: Wrap, kind: str) -> None:
+    """A state dict that does not fit is an error that names the key, and no value of the tuned model changes."""
+    model = tuned(strategy=LoRAAllFineTuningStrategy(rank=2, train_bias=True))
+    outer = wrap(tuned(strategy=LoRAAllFineTuningStrategy(rank=2, train_bias=True), steps=0))
+    before = values(outer)
+    state = model.state_dict()
+    if kind == "partial base":
+        state["conv.weight"] = cnn().state_dict()["conv.weight"]
+    key = {
+        "missing": "head.lora_B",
+        "missing statistic": "bn.running_var",
+        "unexpected": "head.lora_C",
+        "misshapen": "head.lora_A",
+        "partial base": "conv.weight",
+        "no tensor": "head.lora_A",
+    }[kind]
+    if kind.startswith("missing"):
+        del state[key]
+    elif kind != "partial base":
+        state[key] = "text" if kind == "no tensor" else torch.ones(3, 6)  # type: ignore[assignment]
+    prefix = next(prefix for a_wrap, prefix in WRAPS.values() if a_wrap is wrap)
+    given = wrap(model).state_dict()
+    for own in [k for k in given if k.startswith(prefix)]:
+        del given[own]
+    given |= {prefix + k: v for k, v in state.items()}
+
+    with pytest.raises(StateDictError, match=key.replace(".", r"\.")):
+        outer.load_state_dict(given)
+
+    assert values(outer) == before
+
+
+def test_strict_false_skips_nothing() -> None:
+    """``strict=False`` does not let a part of an adapter through: torch does not tell a hook about it."""
+    model = tuned()
+    state = tuned().state_dict()
+    del state["conv.lora_A"]
+
+    with pytest.raises(StateDictError, match=r"missing: conv\.lora_A"):
+        model.load_state_dict(state, strict=False)
+
+
+def test_every_problem_is_told_at_once() -> None:
+    """One error lists what is missing, unexpected and misshapen."""
+    model = tuned()
+    state = model.state_dict()
+    del state["conv.lora_A"]
+    state["extra"] = torch.ones(1)
+    state["head.lora_B"] = torch.ones(1, 1)
+
+    with pytest.raises(StateDictError) as caught:
+        model.load_state_dict(state)
+
+    for line in ("missing: conv.lora_A", "unexpected: extra", "wrong shape: head.lora_B: (1, 1) given, (4, 2) in the model"):
+        assert line in str(caught.value)
+
+
+def test_one_of_two_counters_missing() -> None:
+    """A counter of BatchNorm that is left out while another is there is missing; nothing is written."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+
+    model = build()
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1))
+    state = {key: torch.ones_like(value) for key, value in model.state_dict().items() if key != "2.num_batches_tracked"}
+    before = values(model)
+
+    with pytest.raises(StateDictError, match=r"missing: 2\.num_batches_tracked"):
+        model.load_state_dict(state)
+
+    assert values(model) == before
+
+
+def test_a_checkpoint_older_than_the_counter() -> None:
+    """A base checkpoint without any ``num_batches_tracked``, as of the first years of torch, loads as it does into the base."""
+    old = {key: value for key, value in cnn().state_dict().items() if not key.endswith("num_batches_tracked")}
+    model = tuned(steps=1)
+
+    model.load_state_dict(old)
+
+    assert torch.equal(model.get_buffer("bn.running_mean"), old["bn.running_mean"])
+
+
+def test_assign() -> None:
+    """``assign=True`` puts the given tensors in place; what is not given stays, and trainable stays trainable."""
+    model, fresh = tuned(), tuned(steps=0)
+    frozen = fresh.conv._parameters["weight"]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    fresh.load_state_dict(state, assign=True)
+
+    assert fresh.conv._parameters["weight"] is frozen
+    assert fresh.conv.lora_A.data_ptr() == state["conv.lora_A"].data_ptr()
+    assert trained_keys(fresh) == trained_keys(model)
+    assert torch.equal(fresh(input_for(cnn)), model(input_for(cnn)))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_tied_weights(assign: bool) -> None:
+    """A weight under two names is saved under both or neither, and stays tied when the state dict is loaded."""
+    strategy = LoRAAllFineTuningStrategy(rank=2, targets="middle")
+    model, fresh = tuned(tied, strategy), tuned(tied, strategy, steps=0)
+
+    state = model.state_dict()
+    fresh.load_state_dict(state, assign=assign)
+
+    assert set(state) == {"middle.lora_A", "middle.lora_B"}
+    assert fresh.get_parameter("output.weight") is fresh.get_parameter("embedding.weight")
+    assert torch.equal(fresh(input_for(tied)), model(input_for(tied)))
+
+
+def test_tied_weights_in_training() -> None:
+    """A tied weight that trains is saved under both names and takes both back."""
+    strategy = FullFineTuningStrategy(targets="embedding")
+    model, fresh = tuned(tied, strategy), tuned(tied, strategy, steps=0)
+
+    fresh.load_state_dict(model.state_dict())
+
+    assert {"embedding.weight", "output.weight"} <= set(model.state_dict())
+    assert torch.equal(fresh(input_for(tied)), model(input_for(tied)))
+
+
+@pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.__name__)
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_original_checkpoint_loads_after_enabling(builder: Builder, assign: bool) -> None:
+    """A full checkpoint of the original model loads into the tuned one under its own keys; the adapter stays as it is."""
+    other = builder()
+    with torch.no_grad():
+        for tensor in {id(tensor): tensor for tensor in other.state_dict(keep_vars=True).values()}.values():
+            tensor.add_(1)
+    expected = builder().eval()
+    expected.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    expected.requires_grad_(False)  # torch chooses other kernels for attention and LSTM where gradients may flow
+    model = tuned(builder, steps=0)
+    adapter = {key: tensor_bytes(p) for key, p in model.named_parameters() if "lora" in key}
+
+    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+
+    assert {key: tensor_bytes(p) for key, p in model.named_parameters() if "lora" in key} == adapter
+    with torch.no_grad():
+        assert torch.equal(model(input_for(builder)), expected(input_for(builder)))
+    disable_fine_tuning(model)
+    assert values(model) == values(expected)
+
+
+def test_the_original_checkpoint_loads_before_enabling_and_after_disabling() -> None:
+    """The base model's own loading is as before, with and without a past of tuning."""
+    checkpoint = cnn().state_dict()
+    model = tuned()
+    disable_fine_tuning(model)
+
+    model.load_state_dict(checkpoint)
+
+    assert list(model.state_dict()) == list(checkpoint)
+    assert all(torch.equal(value, checkpoint[key]) for key, value in model.state_dict().items())
+
+
+def test_a_new_base_is_what_disable_gives_back() -> None:
+    """After a full checkpoint is loaded into a tuned model, its values are the originals, for the parts that train too."""
+    strategy = merge_strategies(LoRAAllFineTuningStrategy(targets="conv"), FullFineTuningStrategy(targets="head"))
+    model, other = tuned(strategy=strategy), tuned(strategy=FullFineTuningStrategy())
+    checkpoint = copy.deepcopy(other.state_dict())
+
+    model.load_state_dict(checkpoint)
+    train(model, input_for(cnn))
+    disable_fine_tuning(model)
+
+    assert {key: tensor_bytes(value) for key, value in model.state_dict().items()} == {
+        key: tensor_bytes(value) for key, value in checkpoint.items()
+    }
+
+
+@pytest.mark.parametrize(("wrap", "prefix"), WRAPS.values(), ids=WRAPS)
+def test_full_state_dict(wrap: Wrap, prefix: str) -> None:
+    """Within `full_state_dict` everything is there, and such a checkpoint loads into another tuned model at any time."""
+    model, fresh = tuned(), tuned(steps=0)
+    outer, other = wrap(model), wrap(fresh)
+
+    with full_state_dict(outer):
+        state = copy.deepcopy(outer.state_dict())
+    other.load_state_dict(state)
+
+    own = {key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+    assert own == {key for key, _ in model.named_parameters()} | STATISTICS
+    assert values(fresh) == values(model)
+    assert set(model.state_dict()) == trained_keys(model) | STATISTICS
+
+
+def test_full_state_dict_ends_after_an_error() -> None:
+    """An error inside the context leaves the state dict as short as it was."""
+    model = tuned()
+
+    with pytest.raises(KeyError), full_state_dict(model):
+        raise KeyError
+
+    assert set(model.state_dict()) == trained_keys(model) | STATISTICS
+
+
+def test_full_state_dict_of_a_plain_model() -> None:
+    """Asking a plain model for its full state dict is an error that says what to call."""
+    with pytest.raises(StateError, match="enable_fine_tuning"), full_state_dict(cnn()):
+        pass
+
+
+def test_other_buffers_are_saved_once_they_moved() -> None:
+    """A persistent buffer is part of the state dict when its value differs from the base's, and loading restores either."""
+    model, fresh = tuned(nested), tuned(nested, steps=0)
+    unmoved = model.state_dict()
+    model.get_buffer("offset").add_(1)
+    moved = copy.deepcopy(model.state_dict())
+
+    fresh.load_state_dict(moved)
+
+    assert "offset" not in unmoved and "offset" in moved
+    assert torch.equal(fresh.get_buffer("offset"), torch.ones(4))
+    fresh.load_state_dict(unmoved)
+    assert torch.equal(fresh.get_buffer("offset"), torch.zeros(4))
+
+
+def test_buffers_that_are_not_persistent_stay_out() -> None:
+    """A scratch buffer is no part of a state dict, moved or not, and a state dict that has it is refused."""
+    model = tuned(nested)
+    model.get_buffer("scratch").add_(1)
+    state = model.state_dict()
+
+    assert "scratch" not in state
+    before = values(model)
+    state = {key: torch.zeros_like(value) for key, value in state.items()} | {"scratch": torch.zeros(2)}
+    with pytest.raises(StateDictError, match="unexpected: scratch"):
+        model.load_state_dict(state)
+    assert values(model) == before
+
+
+def test_children_added_after_enabling() -> None:
+    """A child that is added to a tuned model is saved in full and loaded strictly."""
+    model, fresh = tuned(), tuned(steps=0)
+    model.extra = nn.Linear(2, 2)
+    fresh.extra = nn.Linear(2, 2)
+
+    fresh.load_state_dict(model.state_dict())
+
+    assert {"extra.weight", "extra.bias"} <= set(model.state_dict())
+    assert values(fresh) == values(model)
+    state = {key: torch.zeros_like(value) for key, value in model.state_dict().items() if key != "extra.bias"}
+    with pytest.raises(StateDictError, match=r"missing: extra\.bias"):
+        fresh.load_state_dict(state)
+    assert values(fresh) == values(model)
+
+
+def test_trainable_state_dict_off() -> None:
+    """With ``trainable_state_dict=False`` the state dict is torch's own: everything, under the base's keys and the adapter's."""
+    model = cnn()
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(), trainable_state_dict=False)
+
+    assert set(model.state_dict()) == {key for key, _ in model.named_parameters()} | STATISTICS
+
+
+def test_a_weight_of_another_name() -> None:
+    """What a method adds for a weight that is not called ``weight`` is saved under the name of that weight."""
+    model = nn.LSTM(4, 5)
+    strategy = FineTuningStrategy(module_caps=[(is_root(), reparameterize(Delta, names=("weight_ih_l0",)))])
+    enable_fine_tuning(model, strategy)
+
+    assert set(model.state_dict()) == {"weight_ih_l0_delta"}
+
+
+def test_saving_and_loading_change_nothing_else() -> None:
+    """Reading a state dict leaves the model as it is, and loading its own state dict changes no object and no byte."""
+    model = tuned()
+    before, random = fingerprint(model), torch.get_rng_state()
+
+    model.load_state_dict(model.state_dict())
+
+    assert fingerprint(model) == before
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_an_optimizer_continues() -> None:
+    """A state dict and the optimizer's state continue a training run as if it had not stopped."""
+    inputs = input_for(embedding)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+
+    through, first, second = (tuned(embedding, steps=0) for _ in range(3))
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in (through, first, second)]
+    steps(through, optimizers[0], 4)
+    steps(first, optimizers[1], 2)
+    second.load_state_dict(first.state_dict())
+    optimizers[2].load_state_dict(optimizers[1].state_dict())
+    steps(second, optimizers[2], 2)
+
+    assert values(second) == values(through)
