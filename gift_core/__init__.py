@@ -18,10 +18,12 @@ _HOME = {
     "iterator": ("ModuleIterator", "ModuleSite", "ParameterSite"),
     "merging": ("merge", "merge_and_unload", "merged", "unmerge"),
     "plan": ("TuningPlan", "plan_fine_tuning"),
-    "plugins": ("register_strategy",),
+    "plugins": ("isolated_plugins", "plugin_settings", "register_plugin", "register_strategy"),
+    "plugins.hooks": ("hookimpl",),
     "reparameterization": ("Reparameterization", "adopt"),
     "state_dict": ("full_state_dict",),
     "strategy": ("FineTuningStrategy", "FullFineTuningStrategy", "merge_strategies", "strategy_from_config"),
+    "strategy_file": ("strategy_from_file",),
     "tuning": ("disable_fine_tuning", "enable_fine_tuning", "tuning_disabled"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
     from gift_core.iterator import ModuleIterator, ModuleSite, ParameterSite
     from gift_core.merging import merge, merge_and_unload, merged, unmerge
     from gift_core.plan import TuningPlan, plan_fine_tuning
-    from gift_core.plugins import register_strategy
+    from gift_core.plugins import isolated_plugins, plugin_settings, register_plugin, register_strategy
+    from gift_core.plugins.hooks import hookimpl
     from gift_core.reparameterization import Reparameterization, adopt
     from gift_core.state_dict import full_state_dict
     from gift_core.strategy import FineTuningStrategy, FullFineTuningStrategy, merge_strategies, strategy_from_config
+    from gift_core.strategy_file import strategy_from_file
     from gift_core.tuning import disable_fine_tuning, enable_fine_tuning, tuning_disabled
 
 __all__ = [
@@ -60,16 +64,21 @@ __all__ = [
     "disable_fine_tuning",
     "enable_fine_tuning",
     "full_state_dict",
+    "hookimpl",
+    "isolated_plugins",
     "load_adapter",
     "merge",
     "merge_and_unload",
     "merge_strategies",
     "merged",
     "plan_fine_tuning",
+    "plugin_settings",
     "read_adapter_info",
+    "register_plugin",
     "register_strategy",
     "save_adapter",
     "strategy_from_config",
+    "strategy_from_file",
     "table_info",
     "tuning_disabled",
     "unmerge",

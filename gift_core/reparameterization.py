@@ -272,7 +272,7 @@ def _merged_property(name: str) -> property:
 def _compute(method: type[Reparameterization], owner: Any, frozen: Tensor, name: str) -> Tensor:
     device = frozen.device.type
     try:
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if _is_autocasting(device):
             # a weight is built in its own precision, so that merged and unmerged weights agree under autocast
             with torch.autocast(device, enabled=False):
                 weight = method.reparameterize(owner, frozen)
@@ -284,6 +284,12 @@ def _compute(method: type[Reparameterization], owner: Any, frozen: Tensor, name:
     if weight.shape != frozen.shape:
         raise SiteError(f"{method.__name__}.reparameterize gave {tuple(weight.shape)} for {name!r} of {tuple(frozen.shape)}.")
     return weight if weight.dtype == frozen.dtype else weight.to(frozen.dtype)
+
+
+def _is_autocasting(device: str) -> bool:
+    # a device that autocast does not know must not be asked, and torch 2.6 cannot compile the question whether it knows one
+    knows = device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
+    return knows and torch.is_autocast_enabled(device)
 
 
 def _merged_name(name: str) -> str:

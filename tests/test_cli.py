@@ -135,7 +135,7 @@ def test_list_prints_aligned_columns(gift: Gift, install: Install) -> None:
     lines = gift("list").stdout.splitlines()
 
     rows = [line for line in lines if "fake-dist" in line]
-    assert lines[0].split() == ["name", "distribution", "version", "summary"]
+    assert lines[0].split() == ["name", "distribution", "version", "API", "status", "summary"]
     assert {line.index("fake-dist") for line in rows} == {lines[0].index("distribution")}
     assert all(line.endswith("Does [bold]things[/bold].") for line in rows)
     assert "\x1b" not in "".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,11 +16,11 @@ from gift_core.errors import (
     PluginConflictError,
     PluginLoadError,
     StrategyError,
+    UnknownDemoError,
     UnknownStrategyError,
 )
 from gift_core.plugins import (
     DEMOS,
-    UnknownDemoError,
     details,
     discover,
     find_provider,
@@ -34,41 +33,9 @@ from gift_core.plugins import (
     unregister_strategy,
 )
 
+pytest_plugins = ["fake_distributions"]
+
 Install = Callable[..., Path]
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Puts a made-up distribution on sys.path: ``install("dist", "name = module:attribute", module="source")``."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
-
-    def make(
-        name: str | None,
-        *entries: str,
-        version: str = "1.0",
-        group: str = "gift.strategies",
-        metadata: str | None = None,
-        site: Path = folder,
-        **modules: str,
-    ) -> Path:
-        site.mkdir(exist_ok=True)
-        info = site / f"{(name or f'nameless{next(_numbers)}').replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        lines = f"Name: {name}\nVersion: {version}\nSummary: Made up.\n" if name else "Version: 1.0\n"
-        (info / "METADATA").write_text(metadata if metadata is not None else f"Metadata-Version: 2.1\n{lines}")
-        (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *entries]) + "\n")
-        for module, source in modules.items():
-            (site / f"{module}.py").write_text(source)
-        return info
-
-    yield make
-    for module in set(sys.modules) - before:
-        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[module]
 
 
 def names_from(distribution: str) -> list[str]:

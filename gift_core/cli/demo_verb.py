@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from gift_core.cli.output import json_option, print_json, print_table
-from gift_core.plugins import DEMOS, Provider, find_provider, load, providers
-from gift_core.plugins.registry import dependency_error
+from gift_core.plugins import DEMOS, Provider, dependency_error, find_provider, load, providers
 
 #: The demo that runs when none is named.
 DEFAULT = "digits"

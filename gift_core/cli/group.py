@@ -10,14 +10,33 @@ import click
 
 from gift_core import __version__
 from gift_core.cli.models import ModelNotFoundError
-from gift_core.errors import AdapterNotFoundError, GiftError, GiftWarning, PluginConflictError, UnknownStrategyError
-from gift_core.plugins import UnknownDemoError
+from gift_core.errors import (
+    AdapterNotFoundError,
+    GiftError,
+    GiftWarning,
+    PluginBlockedError,
+    PluginConflictError,
+    StrategyFileNotFoundError,
+    UnknownDemoError,
+    UnknownPluginError,
+    UnknownStrategyError,
+)
+from gift_core.plugins import plugin_settings
 
 #: The verbs in the order of ``gift --help``; each is the file and the function of its name.
-VERBS = ("list", "show", "inspect", "info", "merge", "demo")
+VERBS = ("list", "show", "inspect", "info", "merge", "demo", "doctor", "check", "new")
 
 #: These end the command with code 3; every other error of ours with 1, and wrong usage with 2.
-NOT_FOUND = (UnknownStrategyError, UnknownDemoError, PluginConflictError, AdapterNotFoundError, ModelNotFoundError)
+NOT_FOUND = (
+    UnknownStrategyError,
+    UnknownDemoError,
+    UnknownPluginError,
+    PluginConflictError,
+    PluginBlockedError,
+    AdapterNotFoundError,
+    StrategyFileNotFoundError,
+    ModelNotFoundError,
+)
 
 
 class VerbGroup(click.Group):
@@ -61,8 +80,28 @@ def _version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit.")
-def main() -> None:
+@click.option("--no-autoload", is_flag=True, help="Use no installed plugin but those of --plugins.")
+@click.option("--plugins", metavar="NAMES", help="Use these plugins and no others; commas separate several.")
+@click.option("--block-plugins", metavar="NAMES", help="Never use these.")
+@click.option("--strict-plugins", is_flag=True, help="A plugin that fails is an error, not a warning.")
+@click.option("--trace-plugins", is_flag=True, help="Say what is imported and called.")
+@click.pass_context
+def main(
+    ctx: click.Context, no_autoload: bool, plugins: str | None, block_plugins: str | None, strict_plugins: bool, trace_plugins: bool
+) -> None:
     """Adapt any pre-trained PyTorch model by training a small part of it.
 
     Exit codes: 0 fine, 1 failed, 2 wrong usage, 3 not found or in conflict.
     """
+    settings = plugin_settings(
+        autoload=False if no_autoload else None,
+        allow=_names(plugins),
+        block=_names(block_plugins),
+        strict=strict_plugins or None,
+        trace=trace_plugins or None,
+    )
+    ctx.with_resource(settings)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gift_core.errors import ModelError
-from gift_core.plugins.registry import nearest
+from gift_core.plugins import nearest
 
 if TYPE_CHECKING:
     from torch import nn

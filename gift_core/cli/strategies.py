@@ -9,17 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gift_core.plugins import load_strategy
-from gift_core.plugins.registry import nearest
+from gift_core.cli.completion import complete_strategy
+from gift_core.plugins import load_strategy, nearest
 
 if TYPE_CHECKING:
     from gift_core.strategy import FineTuningStrategy
 
 
+#: A strategy whose name ends so is a file; the reader of such files imports torch, and is imported when there is one.
+SUFFIXES = (".toml", ".json")
+
+
 def strategy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a verb that takes a strategy; it gets ``strategy``, ``settings``, ``target`` and ``exclude``."""
     options = (
-        click.option("--strategy", required=True, metavar="NAME", help='A name from "gift list".'),
+        click.option(
+            "--strategy",
+            required=True,
+            metavar="NAME",
+            shell_complete=complete_strategy,
+            help='A name from "gift list", or a strategy file (.toml or .json).',
+        ),
         click.option(
             "--set",
             "settings",
@@ -45,6 +55,8 @@ def build_strategy(name: str, settings: Sequence[str], target: Sequence[str], ex
         StrategyError: if a value is not allowed.
         click.UsageError: if a parameter is malformed, unknown or given twice; the message has the nearest names.
     """
+    if name.endswith(SUFFIXES):
+        return _from_file(name, [*settings, *target, *exclude])
     parameters = _parse(settings)
     for key, patterns in (("targets", target), ("exclude", exclude)):
         if patterns and key in parameters:
@@ -55,6 +67,14 @@ def build_strategy(name: str, settings: Sequence[str], target: Sequence[str], ex
     from gift_core.strategy import strategy_from_config
 
     return strategy_from_config({"name": name, "parameters": parameters})
+
+
+def _from_file(name: str, options: Sequence[str]) -> FineTuningStrategy:
+    if options:
+        raise click.UsageError(f"{name} holds its parameters itself: change the file, or leave --set, --target and --exclude out.")
+    from gift_core.strategy_file import strategy_from_file
+
+    return strategy_from_file(name)
 
 
 def _parse(settings: Sequence[str]) -> dict[str, Any]:
