@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapter_file": ("AdapterInfo", "load_adapter", "read_adapter_info", "save_adapter"),
+    "capabilities": ("Capabilities",),
     "caps": ("Cap", "Caps"),
     "errors": ("GiftError", "GiftWarning"),
     "info": ("Report", "collect_trainable_parameters", "table_info"),
@@ -30,6 +31,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from gift_core.adapter_file import AdapterInfo, load_adapter, read_adapter_info, save_adapter
+    from gift_core.capabilities import Capabilities
     from gift_core.caps import Cap, Caps
     from gift_core.errors import GiftError, GiftWarning
     from gift_core.info import Report, collect_trainable_parameters, table_info
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterInfo",
     "Cap",
+    "Capabilities",
     "Caps",
     "FineTuningStrategy",
     "FullFineTuningStrategy",

@@ -196,16 +196,22 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def _adapter_tensors(root: nn.Module) -> dict[str, Tensor]:
     tuning = tuning_of(root)
-    trained, seen = set(tuning.trained), set[int]()
-    tensors = {}
-    for key, _, _, parameter in named_tensors(root, buffers=False):
-        if key in trained and id(parameter) not in seen:
-            seen.add(id(parameter))
-            tensors[key] = parameter.detach()
+    tensors = _required_tensors(root, tuning)
     moved = moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}
     tensors |= {key: buffer for key, _, _, buffer in named_tensors(root, buffers=True) if key in moved}
     # safetensors wants each tensor whole, dense and with memory of its own
     return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+
+
+def _required_tensors(root: nn.Module, tuning: Tuning) -> dict[str, Tensor]:
+    """What every file of this adapter holds: what trains, and what tuning added; a shared tensor under its first key."""
+    wanted = {*tuning.trained, *tuning.adapter}
+    first: dict[int, tuple[str, Tensor]] = {}
+    for buffers in (False, True):
+        for key, _, _, tensor in named_tensors(root, buffers=buffers):
+            if key in wanted:
+                first.setdefault(id(tensor), (key, tensor))
+    return dict(first.values())
 
 
 def _describe(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -378,7 +384,7 @@ def _mismatches(root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Map
         only = [sorted(set(a) - set(b)) for a, b in ((info.sites, sites), (sites, info.sites))]
         problems.append(f"other sites are adapted: in the file alone {only[0] or 'none'}, in the model alone {only[1] or 'none'}")
     own = {key: tensor for buffers in (False, True) for key, _, _, tensor in named_tensors(root, buffers=buffers)}
-    required = set(_first_keys(root, tuning))
+    required = set(_required_tensors(root, tuning))
     allowed = required | {*tuning.statistics, *tuning.buffers}
     problems += [f"missing: {key}" for key in sorted(required - set(tensors))]
     problems += [f"unexpected: {key}" for key in sorted(set(tensors) - allowed)]
@@ -394,14 +400,6 @@ def _mismatches(root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Map
             if info.base.get(key) != digest
         ]
     return problems
-
-
-def _first_keys(root: nn.Module, tuning: Tuning) -> Iterator[str]:
-    trained, seen = set(tuning.trained), set[int]()
-    for key, _, _, parameter in named_tensors(root, buffers=False):
-        if key in trained and id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield key
 
 
 def _config_differences(model: dict[str, Any] | None, file: dict[str, Any] | None) -> list[str]:

@@ -64,7 +64,7 @@ class Tuning:
         changes: the structural changes to undo.
         flags: every original parameter's ``requires_grad``, as (module, name, flag).
         originals: values before tuning of what training moves: kept parameters and buffers.
-        adapter: keys of the tensors that tuning added. ``trained`` are all trainable keys, those included; ``frozen`` the rest of
+        adapter: keys of the tensors that tuning added, trainable or not. ``trained`` are all trainable keys; ``frozen`` the rest of
             the base's parameters; ``statistics`` the buffers of normalisation layers; ``buffers`` other persistent buffers.
         has_originals: False when ``keep_originals=False`` left the values of kept parameters out.
         merged: whether weights are merged. ``paused``: whether `tuning_disabled` is active. ``full``: whether state dicts hold all.

@@ -45,25 +45,25 @@ def full_state_dict(module: nn.Module) -> Iterator[nn.Module]:
         tuning.full = was
 
 
-def classify_keys(root: nn.Module, base_keys: set[str]) -> dict[str, Any]:
+def classify_keys(root: nn.Module, base: set[int]) -> dict[str, Any]:
     """Sort the keys of a freshly tuned model into the groups of `Tuning`.
 
     Args:
         root: the model, with its strategy applied.
-        base_keys: the parameter keys that the model had before.
+        base: ``id`` of every parameter and buffer that the model had before; a tensor is the base's own wherever it stands now.
     """
-    parameters = [(key, parameter.requires_grad) for key, _, _, parameter in named_tensors(root, buffers=False)]
+    parameters = [(key, parameter.requires_grad, id(parameter) in base) for key, _, _, parameter in named_tensors(root, buffers=False)]
     buffers = [
-        (key, isinstance(module, nn.modules.batchnorm._NormBase))
-        for key, module, name, _ in named_tensors(root, buffers=True)
+        (key, isinstance(module, nn.modules.batchnorm._NormBase), id(buffer) in base)
+        for key, module, name, buffer in named_tensors(root, buffers=True)
         if name not in module._non_persistent_buffers_set
     ]
     return {
-        "adapter": [key for key, _ in parameters if key not in base_keys],
-        "trained": [key for key, trains in parameters if trains],
-        "frozen": [key for key, trains in parameters if not trains and key in base_keys],
-        "statistics": [key for key, is_statistic in buffers if is_statistic],
-        "buffers": [key for key, is_statistic in buffers if not is_statistic],
+        "adapter": [key for key, _, is_base in (*parameters, *buffers) if not is_base],
+        "trained": [key for key, trains, _ in parameters if trains],
+        "frozen": [key for key, trains, is_base in parameters if not trains and is_base],
+        "statistics": [key for key, is_statistic, is_base in buffers if is_statistic and is_base],
+        "buffers": [key for key, is_statistic, is_base in buffers if not is_statistic and is_base],
     }
 
 

@@ -70,7 +70,7 @@ def enable_fine_tuning(
     call_hooks("gift_before_enable", module=module, strategy=strategy, plan=plan)
     before = take_snapshot(module)
     structure = structure_digest(module)
-    base_keys = {key for key, *_ in named_tensors(module, buffers=False)}
+    base = {id(tensor) for buffers in (False, True) for _, _, _, tensor in named_tensors(module, buffers=buffers)}
     own = list(module.parameters())
     with _all_or_nothing(module, before):
         originals = _apply(plan, keep_originals)
@@ -89,7 +89,7 @@ def enable_fine_tuning(
             flags=before.flags,
             originals=originals,
             has_originals=keep_originals or not any(parameter.requires_grad for parameter in own),
-            **classify_keys(module, base_keys),
+            **classify_keys(module, base),
         )
         set_tuning(module, tuning)
         call_hooks("gift_after_enable", module=module, strategy=strategy, report=report)

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from gift_core import (
     FineTuningStrategy,
     FullFineTuningStrategy,
+    Reparameterization,
     disable_fine_tuning,
     enable_fine_tuning,
     load_adapter,
@@ -727,3 +728,38 @@ def test_a_failed_load_leaves_a_tuned_model(builder: Builder, path: Path) -> Non
     save_adapter(tuned(), path)
 
     check_refused(path, model=tuned(builder))
+
+
+class FixedDirection(Reparameterization):
+    """A method with a frozen parameter and a buffer of its own, drawn at random: W + s * (D + O), as in methods with random bases."""
+
+    def init_parameters(self, weight: Tensor) -> None:
+        self.fixed_direction = nn.Parameter(torch.randn_like(weight), requires_grad=False)
+        self.register_buffer("fixed_offset", torch.randn_like(weight))
+        self.fixed_size = nn.Parameter(weight.new_zeros(()))
+
+    def reparameterize(self, weight: Tensor) -> Tensor:
+        return weight + self.fixed_size * (self.fixed_direction + self.fixed_offset)
+
+
+def test_what_a_method_draws_and_does_not_train_is_saved(tmp_path: Path) -> None:
+    """Frozen parameters and buffers that a method registers belong to the adapter: the file and the state dict bring them back."""
+
+    def enabled(seed: int) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3))
+        torch.manual_seed(seed)
+        enable_fine_tuning(model, FineTuningStrategy([(is_instance(nn.Linear), reparameterize(FixedDirection))]))
+        return model
+
+    model, by_file, by_dict = enabled(1), enabled(2), enabled(3)
+    with torch.no_grad():
+        model[0].fixed_size.fill_(0.5)
+    x = torch.randn(2, 4)
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(by_file, tmp_path / "a.safetensors")
+    by_dict.load_state_dict(model.state_dict())
+
+    assert set(model.state_dict()) == {"0.fixed_direction", "0.fixed_offset", "0.fixed_size"}
+    assert torch.equal(by_file(x), model(x))
+    assert torch.equal(by_dict(x), model(x))
