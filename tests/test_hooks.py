@@ -279,7 +279,7 @@ def test_an_object_can_be_a_plugin(install: Install) -> None:
 SUBSET = ("raises", "exits", "misspelt", "argument", "hook-raises", "generation", "steals", "no-hooks")
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 8])
+@pytest.mark.parametrize("size", range(9))
 def test_two_healthy_plugins_work_beside_any_broken_ones(install_hooks: Install, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Beside every subset of this size of eight broken plugins both healthy ones register and are called."""
     for name in SUBSET:
