@@ -394,11 +394,11 @@ def _mismatches(root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Map
         if _has_nan(tensors[key]):
             problems.append(f"{key} holds NaN")
     if check_base and not problems:
-        problems += [
-            f"{key} of the base model is not what the adapter was trained on"
-            for key, digest in _base_digests(root).items()
-            if info.base.get(key) != digest
-        ]
+        other = [key for key, digest in _base_digests(root).items() if info.base.get(key) != digest]
+        shown = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
+        if other:
+            problems.append(f"{len(other)} of {len(info.base)} adapted base weights are not what it was trained on ({shown})")
+            problems.append("load the right base weights first, or pass check_base=False if you know that they go together")
     return problems
 
 
