@@ -32,7 +32,7 @@ from gift_core.errors import (
 )
 from gift_core.plugins import find_provider
 from gift_core.record import Tuning, adopted_modules, find_tuning, named_tensors, structure_digest, tuned_root, tuning_of
-from gift_core.reparameterization import adoptions_of
+from gift_core.reparameterization import adoptions_of, method_name
 from gift_core.state_dict import moved_buffers
 from gift_core.strategy import FineTuningStrategy, strategy_from_config
 from gift_core.tuning import disable_fine_tuning, enable_fine_tuning
@@ -245,7 +245,7 @@ def _provider(config: Mapping[str, Any] | None) -> dict[str, str | None] | None:
 
 
 def _sites(root: nn.Module) -> dict[str, dict[str, str]]:
-    return {name: {weight: method.__name__ for weight, method in adoptions_of(module)} for name, module in adopted_modules(root)}
+    return {name: {weight: method_name(method) for weight, method in adoptions_of(module)} for name, module in adopted_modules(root)}
 
 
 def _base_digests(root: nn.Module) -> dict[str, str]:

@@ -137,6 +137,11 @@ def is_opaque(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor" or not (tensor.is_floating_point() or tensor.is_complex())
 
 
+def method_name(method: type[Reparameterization]) -> str:
+    """What a method is called by users and in files: the name of its first class, whichever of its specializations is at work."""
+    return next(cls.__name__ for cls in method.__mro__ if Reparameterization in cls.__bases__)
+
+
 def is_adopted(module: nn.Module) -> bool:
     """Whether a method has taken over a weight of this very module."""
     return isinstance(module, Reparameterization)
@@ -225,9 +230,8 @@ _adopted_class: Callable[[type[nn.Module], Adoptions, bool], type[nn.Module]] = 
 )
 
 
-def _class_name(method: type, original: type[nn.Module]) -> str:
-    family = next(cls for cls in method.__mro__ if Reparameterization in cls.__bases__)
-    return f"{family.__name__}{original.__name__}"
+def _class_name(method: type[Reparameterization], original: type[nn.Module]) -> str:
+    return f"{method_name(method)}{original.__name__}"
 
 
 def _original_behaviour(original: type[nn.Module], methods: tuple[type, ...]) -> dict[str, Any]:

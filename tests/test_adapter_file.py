@@ -174,7 +174,7 @@ def test_what_the_file_says(path: Path) -> None:
     assert read_adapter_info(path) == info
     assert info.strategy == strategy.to_config()
     assert info.provider is not None and info.provider["distribution"] == "gift-lora-plugin"
-    assert info.sites == {"conv": {"weight": "ConvLoRA"}, "head": {"weight": "LinearLoRA"}}
+    assert info.sites == {"conv": {"weight": "LoRA"}, "head": {"weight": "LoRA"}}
     assert set(info.base) == {"conv.weight", "head.weight"}
     assert info.tensors["conv.lora_B"] == {"shape": [6, 2], "dtype": "float32"}
     assert info.file_bytes == path.stat().st_size
@@ -763,3 +763,22 @@ def test_what_a_method_draws_and_does_not_train_is_saved(tmp_path: Path) -> None
     assert set(model.state_dict()) == {"0.fixed_direction", "0.fixed_offset", "0.fixed_size"}
     assert torch.equal(by_file(x), model(x))
     assert torch.equal(by_dict(x), model(x))
+
+
+class SpecializedDelta(Delta):
+    """A second implementation of the same method."""
+
+
+def test_a_file_does_not_depend_on_which_specialization_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that gains a specialized class later still loads the files that its first class wrote."""
+    strategy = FineTuningStrategy([(is_instance(nn.Linear), reparameterize(Delta))])
+    old, new = mlp(), mlp()
+    enable_fine_tuning(old, strategy)
+    x = input_for(mlp)
+    train(old, x)
+    save_adapter(old, tmp_path / "a.safetensors")
+    monkeypatch.setattr(Delta, "specialize", classmethod(lambda cls, module: SpecializedDelta))
+    enable_fine_tuning(new, strategy)
+    load_adapter(new, tmp_path / "a.safetensors")
+
+    assert torch.equal(new(x), old(x))
