@@ -27,6 +27,7 @@ from gift_core.errors import (
     AdapterFileError,
     AdapterMismatchError,
     AdapterNotFoundError,
+    GiftError,
     PluginError,
     UnknownStrategyError,
 )
@@ -379,7 +380,7 @@ def _load_into(root: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor]
 
 def _mismatches(root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool) -> list[str]:
     problems = [] if tuning.structure == info.structure else ["the base model has other names or shapes"]
-    problems += _config_differences(tuning.config, info.strategy)
+    problems += _config_differences(tuning.config, _as_read_today(info.strategy))
     if (sites := _sites(root)) != info.sites:
         only = [sorted(set(a) - set(b)) for a, b in ((info.sites, sites), (sites, info.sites))]
         problems.append(f"other sites are adapted: in the file alone {only[0] or 'none'}, in the model alone {only[1] or 'none'}")
@@ -400,6 +401,14 @@ def _mismatches(root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Map
             problems.append(f"{len(other)} of {len(info.base)} adapted base weights are not what it was trained on ({shown})")
             problems.append("load the right base weights first, or pass check_base=False if you know that they go together")
     return problems
+
+
+def _as_read_today(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A file's config with the defaults of parameters that the strategy has gained since the file was written."""
+    try:
+        return None if config is None else strategy_from_config(config).to_config()
+    except GiftError:
+        return config  # compared as it is written, which names what differs
 
 
 def _config_differences(model: dict[str, Any] | None, file: dict[str, Any] | None) -> list[str]:

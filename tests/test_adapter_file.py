@@ -59,7 +59,7 @@ from gift_core.errors import (
     UnknownStrategyError,
 )
 from gift_core.factories import is_instance, reparameterize
-from gift_core.plugins import load_strategy, register_strategy, unregister_strategy
+from gift_core.plugins import isolated_plugins, load_strategy, register_strategy, unregister_strategy
 from gift_lora_plugin import LoRAAllFineTuningStrategy, LoRAConvFineTuningStrategy, LoRALinearFineTuningStrategy
 
 BOTH = merge_strategies(LoRALinearFineTuningStrategy(rank=2, targets="head"), FullFineTuningStrategy("conv"))
@@ -782,3 +782,38 @@ def test_a_file_does_not_depend_on_which_specialization_wrote_it(tmp_path: Path,
     load_adapter(new, tmp_path / "a.safetensors")
 
     assert torch.equal(new(x), old(x))
+
+
+def test_a_file_survives_a_strategy_that_gains_a_parameter(tmp_path: Path) -> None:
+    """A new parameter with a default leaves older files loadable, into a plain and into a tuned model."""
+
+    class First(FineTuningStrategy):
+        name = "growing"
+
+        def __init__(self, size: int = 1) -> None:
+            super().__init__([(is_instance(nn.Linear), reparameterize(Delta))])
+
+    class Second(FineTuningStrategy):
+        name = "growing"
+
+        def __init__(self, size: int = 1, fast: bool = False) -> None:
+            super().__init__([(is_instance(nn.Linear), reparameterize(Delta))])
+
+    old, plain, tuned, other = mlp(), mlp(), mlp(), mlp()
+    x = input_for(mlp)
+    with isolated_plugins():
+        register_strategy("growing", First)
+        enable_fine_tuning(old, "growing")
+        train(old, x)
+        save_adapter(old, tmp_path / "a.safetensors")
+    with isolated_plugins():
+        register_strategy("growing", Second)
+        enable_fine_tuning(tuned, "growing")
+        enable_fine_tuning(other, Second(fast=True))
+        load_adapter(plain, tmp_path / "a.safetensors")
+        load_adapter(tuned, tmp_path / "a.safetensors")
+        with pytest.raises(AdapterMismatchError, match="fast is True in the model, False in the file"):
+            load_adapter(other, tmp_path / "a.safetensors")
+
+    assert torch.equal(plain(x), old(x))
+    assert torch.equal(tuned(x), old(x))
