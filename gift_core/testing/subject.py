@@ -110,7 +110,7 @@ class Subject:
         try:
             with torch.no_grad():
                 self.model.fresh(dtype)(self.model.example(dtype))
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError):  # how torch says that a kernel lacks this dtype on this device
             return False
         return True
 
