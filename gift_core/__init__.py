@@ -12,8 +12,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapter_file": ("AdapterInfo", "load_adapter", "read_adapter_info", "save_adapter"),
+    "atomic": ("atomic_path",),
+    "adapter_set": ("AdapterSet",),
     "capabilities": ("Capabilities",),
     "caps": ("Cap", "Caps"),
+    "distributed": ("plain_layers",),
     "errors": ("GiftError", "GiftWarning"),
     "info": ("Report", "collect_trainable_parameters", "table_info"),
     "iterator": ("ModuleIterator", "ModuleSite", "ParameterSite"),
@@ -21,7 +24,7 @@ _HOME = {
     "plan": ("TuningPlan", "plan_fine_tuning"),
     "plugins": ("isolated_plugins", "plugin_settings", "register_plugin", "register_strategy"),
     "plugins.hooks": ("hookimpl",),
-    "reparameterization": ("Reparameterization", "adopt"),
+    "reparameterization": ("Reparameterization", "adopt", "adopted_weight"),
     "state_dict": ("full_state_dict",),
     "strategy": ("FineTuningStrategy", "FullFineTuningStrategy", "merge_strategies", "strategy_from_config"),
     "strategy_file": ("strategy_from_file",),
@@ -31,8 +34,11 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from gift_core.adapter_file import AdapterInfo, load_adapter, read_adapter_info, save_adapter
+    from gift_core.adapter_set import AdapterSet
+    from gift_core.atomic import atomic_path
     from gift_core.capabilities import Capabilities
     from gift_core.caps import Cap, Caps
+    from gift_core.distributed import plain_layers
     from gift_core.errors import GiftError, GiftWarning
     from gift_core.info import Report, collect_trainable_parameters, table_info
     from gift_core.iterator import ModuleIterator, ModuleSite, ParameterSite
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
     from gift_core.plan import TuningPlan, plan_fine_tuning
     from gift_core.plugins import isolated_plugins, plugin_settings, register_plugin, register_strategy
     from gift_core.plugins.hooks import hookimpl
-    from gift_core.reparameterization import Reparameterization, adopt
+    from gift_core.reparameterization import Reparameterization, adopt, adopted_weight
     from gift_core.state_dict import full_state_dict
     from gift_core.strategy import FineTuningStrategy, FullFineTuningStrategy, merge_strategies, strategy_from_config
     from gift_core.strategy_file import strategy_from_file
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterInfo",
+    "AdapterSet",
     "Cap",
     "Capabilities",
     "Caps",
@@ -63,6 +70,8 @@ __all__ = [
     "TuningPlan",
     "__version__",
     "adopt",
+    "adopted_weight",
+    "atomic_path",
     "collect_trainable_parameters",
     "disable_fine_tuning",
     "enable_fine_tuning",
@@ -74,6 +83,7 @@ __all__ = [
     "merge_and_unload",
     "merge_strategies",
     "merged",
+    "plain_layers",
     "plan_fine_tuning",
     "plugin_settings",
     "read_adapter_info",

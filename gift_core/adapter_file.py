@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gift_core import __version__
+from gift_core.allocation import AllocationLimit
 from gift_core.atomic import atomic_path
+from gift_core.distributed import is_writer, together, whole, write_whole
 from gift_core.errors import (
     AdapterFileError,
     AdapterMismatchError,
@@ -34,6 +37,7 @@ from gift_core.errors import (
 from gift_core.plugins import find_provider
 from gift_core.record import Tuning, adopted_modules, find_tuning, named_tensors, structure_digest, tuned_root, tuning_of
 from gift_core.reparameterization import adoptions_of, method_name
+from gift_core.selection import no_regular_expressions
 from gift_core.state_dict import moved_buffers
 from gift_core.strategy import FineTuningStrategy, strategy_from_config
 from gift_core.tuning import disable_fine_tuning, enable_fine_tuning
@@ -80,7 +84,8 @@ class AdapterInfo:
 def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo:
     """Write the trained part of a tuned model into one file, atomically.
 
-    The file holds every trained parameter, and the buffers whose values differ from the base model's.
+    The file holds every trained parameter, and the buffers whose values differ from the base model's. Of a sharded model (FSDP2, tensor
+    parallelism) every process takes part: the adapter is gathered, the first process writes, and where one fails all do.
 
     Args:
         module: a tuned model, or a wrapper around one.
@@ -95,14 +100,17 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
         AdapterWriteError: if the file cannot be written; what was there is intact.
     """
     root = tuned_root(module)
-    tensors = _adapter_tensors(root)
-    broken = [key for key, tensor in tensors.items() if _has_nan(tensor)]
-    if broken:
-        raise AdapterFileError(f"not saved: NaN in {', '.join(broken[:5])}. Load an earlier adapter, or train with a smaller step.")
-    description = _describe(root, tensors)
-    target = Path(path)
-    with atomic_path(target) as temporary:
-        save_file(tensors, temporary, _metadata(description))
+    own = list(root.parameters())
+    with together(own, "save the adapter"):
+        tensors = _adapter_tensors(root)
+        broken = [key for key, tensor in tensors.items() if _has_nan(tensor)]
+        if broken:
+            raise AdapterFileError(f"not saved: NaN in {', '.join(broken[:5])}. Load an earlier adapter, or train with a smaller step.")
+        description = _describe(root, tensors)
+        target = Path(path)
+        if is_writer(own):
+            with atomic_path(target) as temporary:
+                save_file(tensors, temporary, _metadata(description))
     return _as_info(description, target.stat().st_size)
 
 
@@ -115,7 +123,7 @@ def read_adapter_info(path: str | os.PathLike[str]) -> AdapterInfo:
     return _read(path)[0]
 
 
-def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True) -> AdapterInfo:
+def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True, trusted: bool = False) -> AdapterInfo:
     """Load an adapter file into a plain or a tuned model; everything is checked before anything is written.
 
     A plain model is tuned first, with the strategy that the file names, found among the installed plugins.
@@ -125,12 +133,15 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
         path: the file.
         check_base: refuse a base model whose adapted weights are not those that the adapter was trained on. False accepts, say, the
             same base in another dtype.
+        trusted: for a plain model, run the recorded strategy's regular expressions, and let it allocate more than the file holds.
+            Only for a file of one's own: either can bring a process to a halt.
 
     Returns:
         What the file says of itself.
 
     Raises:
         AdapterFileError: if the file is not sound; `AdapterMismatchError` if it is, but does not fit the model.
+        PatternError: if the recorded strategy has a regular expression, and the file is not trusted.
         PluginError: if the strategy's plugin is not installed or cannot be used.
     """
     info, tensors = _read(path)
@@ -144,9 +155,8 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
         )
     if structure_digest(module) != info.structure:
         raise AdapterMismatchError(f"{path} is for another base model: its names and shapes differ from {type(module).__name__}'s.")
-    strategy = _strategy(info)
-    with _generators_kept():
-        enable_fine_tuning(module, strategy)
+    with _generators_kept(), contextlib.nullcontext() if trusted else _distrust(info):
+        enable_fine_tuning(module, _strategy(info))
     try:
         _load_into(module, info, tensors, check_base, str(path))
     except BaseException:
@@ -171,6 +181,18 @@ def _strategy(info: AdapterInfo) -> FineTuningStrategy:
 
 
 @contextlib.contextmanager
+def _distrust(info: AdapterInfo) -> Iterator[None]:
+    """Let the strategy that a file records cost no more than the file does."""
+    advice = "If the file is your own, load it with trusted=True; or enable the strategy yourself, then load."
+    numbers = sum(math.prod(tensor["shape"]) for tensor in info.tensors.values())
+    try:
+        with no_regular_expressions(advice), AllocationLimit(numbers, advice):
+            yield
+    except RecursionError as error:
+        raise AdapterMismatchError(f"the recorded strategy is nested too deep, or lists too many patterns. {advice}") from error
+
+
+@contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
     # enabling draws the start of an adapter, and the file is about to replace it
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -183,7 +205,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
     Sums of the bit patterns along rows and columns change with any one number, and when rows or columns change places.
     """
-    values = tensor.detach()
+    values = whole(tensor.detach())
     if values.is_complex():
         values = torch.view_as_real(values)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
@@ -201,7 +223,7 @@ def _adapter_tensors(root: nn.Module) -> dict[str, Tensor]:
     moved = moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}
     tensors |= {key: buffer for key, _, _, buffer in named_tensors(root, buffers=True) if key in moved}
     # safetensors wants each tensor whole, dense and with memory of its own
-    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    return {key: whole(tensor.detach()).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 def _required_tensors(root: nn.Module, tuning: Tuning) -> dict[str, Tensor]:
@@ -286,13 +308,9 @@ def _has_nan(tensor: Tensor) -> bool:
 
 def _read(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[str, Tensor]]:
     file = Path(path)
+    data = _bytes_of(file)
     try:
-        data = file.read_bytes()
         described, tensors = _description_of(data, file), _read_tensors(data)
-    except FileNotFoundError as error:
-        raise AdapterNotFoundError(f"there is no adapter file at {file}: check the path.") from error
-    except OSError as error:
-        raise AdapterFileError(f"{file} cannot be read: {error}.") from error
     except (safetensors.SafetensorError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{file} is truncated or no safetensors file ({error}): get a fresh copy.") from error
     _check_description(described, file)
@@ -302,6 +320,15 @@ def _read(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[str, Tensor]]
     if listed != described["tensors"]:
         raise AdapterFileError(f"{file} is corrupted: its tensors are not those that its description lists.")
     return _as_info(described, len(data)), tensors
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise AdapterNotFoundError(f"there is no adapter file at {file}: check the path.") from error
+    except (OSError, ValueError) as error:  # a ValueError is about a path that cannot be one
+        raise AdapterFileError(f"{file} cannot be read: {error}.") from error
 
 
 def _description_of(data: bytes, file: Path) -> dict[str, Any]:
@@ -365,14 +392,15 @@ def _as_info(described: Mapping[str, Any], file_bytes: int) -> AdapterInfo:
 
 def _load_into(root: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool, path: str) -> None:
     tuning = tuning_of(root)
-    problems = _mismatches(root, tuning, info, tensors, check_base)
-    if problems:
-        raise AdapterMismatchError(f"{path} does not fit this model; nothing was loaded.\n  " + "\n  ".join(problems))
+    with together(root.parameters(), "load the adapter"):
+        problems = _mismatches(root, tuning, info, tensors, check_base)
+        if problems:
+            raise AdapterMismatchError(f"{path} does not fit this model; nothing was loaded.\n  " + "\n  ".join(problems))
     own = {key: tensor for buffers in (False, True) for key, _, _, tensor in named_tensors(root, buffers=buffers)}
     originals = {original.full_name: original for original in tuning.originals if original.is_buffer}
     with torch.no_grad():
-        for key, tensor in tensors.items():
-            own[key].copy_(tensor)
+        for key in sorted(tensors):  # the processes of a sharded model must take them in one order
+            write_whole(own[key], tensors[key])
         for key, original in originals.items():
             if key not in tensors and (buffer := original.current()) is not None:
                 buffer.copy_(original.value)  # absent from the file: the base's own

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,30 +16,69 @@ import safetensors
 
 from gift_core.errors import AdapterWriteError
 
+#: A temporary folder in which nothing was written for so long belongs to a process that died, and is swept by the next save.
+ABANDONED_AFTER_SECONDS = 3600.0
+
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary file beside ``target`` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary file on the disk of ``target`` that takes its place when the block ends well, and vanishes when it does not.
+
+    It lies in a folder of its own beside ``target``, because a writer may make temporary files of its own next to it. Where ``target``
+    is a symbolic link, the file that it points to is replaced and the link stays. What a killed process left behind is removed by the
+    next save to ``target`` that is an hour later.
 
     Raises:
         AdapterWriteError: if the file cannot be written; what was at ``target`` is intact.
     """
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    folder = None
     try:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
-        mode = target.stat().st_mode if target.exists() else _new_file_mode(temporary)
+        place = _followed(target)
+        folder = place.parent / f".{place.name}.{uuid.uuid4().hex}.tmp"
+        os.mkdir(folder, 0o700)
+        temporary = folder / place.name
+        mode = place.stat().st_mode if place.exists() else _new_file_mode(temporary)
         yield temporary
         os.chmod(temporary, stat.S_IMODE(mode))  # the writer may have made a file of its own there, for its owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
+        os.replace(temporary, place)
+        _sync_folder(place.parent)
+        _sweep(place)
+    except AdapterWriteError:
+        raise  # it speaks of another file, written inside of the block
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterWriteError(f"{target} could not be written: {error}. What was there is intact.") from error
     finally:
-        with contextlib.suppress(OSError):  # a folder that took no file has none to remove
-            temporary.unlink()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _followed(target: Path) -> Path:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)
+    except ValueError as error:
+        raise OSError(f"no file can be called so ({error})") from error
+    place = Path(os.path.realpath(target)) if target.is_symlink() else target
+    if place.is_symlink():
+        raise OSError("the symbolic link leads in a circle")
+    if place.exists() and not place.is_file():
+        # a device or a pipe would be replaced by a file, which is not what its owner meant
+        raise IsADirectoryError(f"{place} is a folder") if place.is_dir() else OSError(f"{place} is no regular file")
+    return place
+
+
+def _sweep(place: Path) -> None:
+    ours = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{32}}\.tmp")
+    with contextlib.suppress(OSError):
+        for folder in [Path(entry) for entry in os.scandir(place.parent) if ours.fullmatch(entry.name)]:
+            if time.time() - _last_written(folder) > ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_written(folder: Path) -> float:
+    return max(item.lstat().st_mtime for item in (folder, *folder.iterdir()))
 
 
 def _new_file_mode(path: Path) -> int:

@@ -75,6 +75,14 @@ class AdapterMismatchError(AdapterFileError):
     """A sound adapter file does not belong to this model; the message lists every difference."""
 
 
+class AdapterFormatError(AdapterFileError):
+    """An adapter cannot be written in another file format, or read from one, without changing what it computes; lists every reason."""
+
+
+class AdapterNameError(GiftError, LookupError):
+    """A set of adapters has none of that name, or cannot take one of that name."""
+
+
 class AdapterWriteError(GiftError, OSError):
     """An adapter could not be written; what was at the path before is intact."""
 
@@ -115,6 +123,10 @@ class UnknownStrategyError(PluginError, LookupError):
 
 class UnknownDemoError(PluginError, LookupError):
     """No installed package provides a demo of that name."""
+
+
+class UnknownFormatError(PluginError, LookupError):
+    """No installed package converts adapters to or from a format of that name."""
 
 
 class UnknownPluginError(PluginError, LookupError):

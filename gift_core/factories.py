@@ -16,7 +16,7 @@ from torch import nn
 
 from gift_core.caps import describe
 from gift_core.errors import SiteError, StrategyError
-from gift_core.iterator import ModuleSite, ParameterSite, join_name
+from gift_core.iterator import ModuleSite, ParameterSite, join_name, named_parameters_below
 from gift_core.reparameterization import Reparameterization, adopt, adoptable_parameter
 from gift_core.selection import as_patterns, compile_pattern, layer_index_of
 
@@ -272,8 +272,11 @@ class _Reparameterize:
     def __call__(self, *site: Any, **params: Any) -> None:
         module: nn.Module = site[4]
         if len(site) == 5:
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(name in self.keep)
+            parameters = named_parameters_below(module)
+            for _, parameter in parameters:
+                parameter.requires_grad_(False)
+            for parameter in (parameter for name, parameter in parameters if name in self.keep):
+                parameter.requires_grad_(True)
         adopt(module, self.method, self._names(site), **params)
 
     def examine(self, *site: Any, **params: Any) -> str | None:
@@ -331,6 +334,11 @@ def replace_module(replacement: Callable[..., nn.Module]) -> Callable[..., None]
     if not callable(replacement):
         raise StrategyError(f"replace_module takes a function from module to module, got {replacement!r}.")
     return _ReplaceModule(replacement)
+
+
+def writes_no_value(action: object) -> bool:
+    """Whether an action is known to change flags alone, so that the values around it need no watching."""
+    return isinstance(action, _SetTrainable)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,8 @@ class Count:
     def of(cls, parameters: Iterable[nn.Parameter]) -> Count:
         """Count parameters."""
         found = list(parameters)
-        return cls(len(found), sum(p.numel() for p in found), sum(p.numel() * p.element_size() for p in found))
+        numbers = [parameter.numel() for parameter in found]
+        return cls(len(found), sum(numbers), sum(n * parameter.element_size() for n, parameter in zip(numbers, found, strict=True)))
 
     def __str__(self) -> str:
         return f"{self.numbers:,} in {self.tensors} tensors, {self.bytes / 1e6:.2f} MB"

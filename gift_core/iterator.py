@@ -61,6 +61,34 @@ def join_name(parent_name: str, name: str) -> str:
     return f"{parent_name}.{name}" if parent_name else name
 
 
+def walk_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The root and everything below it with its full name, parents first; a shared module comes under each of its names."""
+    found = [("", root)]
+    _descend(root, "", found)
+    return found
+
+
+def _descend(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module]]) -> None:
+    for name, child in module._modules.items():
+        if child is not None:
+            full_name = prefix + name
+            found.append((full_name, child))
+            if child._modules:
+                _descend(child, f"{full_name}.", found)
+
+
+def named_parameters_below(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a module and its children, each under every name it has, as a state dict sees them."""
+    if not module._modules:
+        return [(name, parameter) for name, parameter in module._parameters.items() if parameter is not None]
+    return [
+        (join_name(prefix, name), parameter)
+        for prefix, holder in walk_modules(module)
+        for name, parameter in holder._parameters.items()
+        if parameter is not None
+    ]
+
+
 class ModuleIterator:
     """The direct children of a module, with the names a user knows them by.
 

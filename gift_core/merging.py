@@ -77,11 +77,13 @@ def merge_and_unload(module: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        StateError: if the model is not tuned.
+        StateError: if the model is not tuned, or its adapter belongs to a set that is in use.
         SiteError: if a method of the strategy is no function of a weight (a replaced module), or a weight is sharded or packed.
     """
     root = tuned_root(module)
     tuning = tuning_of(root)
+    if tuning.governed_by() is not None:
+        raise StateError("the base belongs to several adapters: call release() on their set first, which leaves the one in use.")
     _refuse_opaque(root)
     if tuning.merged:
         unmerge(root)

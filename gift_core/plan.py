@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,15 +20,14 @@ from gift_core.caps import Cap, Caps, HasCaps, describe
 from gift_core.errors import CheckError, GiftError, ModelError, NoMatchError, SiteError
 from gift_core.factories import Check, site_name
 from gift_core.info import CapMatches, Count, Report
-from gift_core.iterator import ModuleIterator, ModuleSite, ParameterSite, join_name
+from gift_core.iterator import ModuleIterator, ModuleSite, ParameterSite, join_name, named_parameters_below, walk_modules
 from gift_core.reparameterization import is_adopted
 from gift_core.strategy import FineTuningStrategy, as_strategy
 
 Site = ModuleSite | ParameterSite
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedAction:
+class PlannedAction(NamedTuple):
     """One thing to do: call ``action(*site, **params)``. ``caution`` is what the action said of the site, or None."""
 
     cap: Cap
@@ -97,6 +96,8 @@ class _Walk:
         self.matches: dict[int, tuple[str, Cap, list[str]]] = {}
         self.names: dict[Check, tuple[bool, bool]] = {}  # what a strategy names: (excludes, found)
         self.seen: dict[int, str] = {}
+        self.nested: set[int] = set()  # ids of the caps whose action is a strategy
+        self.wanted: set[int] = set()  # ids of the parameters that parameter caps took
 
     def plan(self) -> TuningPlan:
         self._register(self.strategy)
@@ -112,6 +113,7 @@ class _Walk:
                 for part, excludes in cap.check.naming_parts() if isinstance(cap.check, Check) else ():
                     self.names.setdefault(part, (excludes, False))
                 if isinstance(cap.action, HasCaps):
+                    self.nested.add(id(cap))
                     self._register(cap.action)
 
     def _enter(self, site: ModuleSite, strategy: HasCaps) -> None:
@@ -129,14 +131,15 @@ class _Walk:
         for name, parameter in site.current_module._parameters.items():
             if parameter is not None:
                 self._offer_parameter(ParameterSite(*site, name, parameter), strategy)
-        for child in ModuleIterator(site.current_module, site.global_name):
-            if not self._seen_before(child.current_module, child.global_name):
-                self._offer(ModuleSite(site.current_module, *child[:4]), strategy)
+        for name, child in site.current_module._modules.items():
+            if child is not None and not self._seen_before(child, full_name := join_name(site.global_name, name)):
+                self._offer(ModuleSite(site.current_module, name, full_name, type(child).__name__, child), strategy)
 
     def _offer_parameter(self, site: ParameterSite, strategy: HasCaps) -> None:
         again = self._seen_before(site.parameter, site.full_name)
         cap = self._first_match(strategy.para_caps, site)
-        if cap is not None and not any(action.site[-1] is site.parameter for action in self.actions):
+        if cap is not None and id(site.parameter) not in self.wanted:
+            self.wanted.add(id(site.parameter))
             self._take(cap, site)
         elif cap is None and not again:
             self.frozen.append(site)
@@ -148,26 +151,30 @@ class _Walk:
         return first != name
 
     def _first_match(self, caps: Caps, site: Site) -> Cap | None:
-        return next((cap for cap in caps if _ask(cap, site)), None)
+        for cap in caps:
+            if _ask(cap, site):
+                return cap
+        return None
 
     def _take(self, cap: Cap, site: Site) -> None:
         self.matches[id(cap)][2].append(site.full_name)
         for part, (excludes, found) in self.names.items():
             if not excludes and not found and _asks_for(cap, part) and part(*site):
                 self.names[part] = (excludes, True)
-        if isinstance(cap.action, HasCaps):
+        if id(cap) in self.nested:
             if not isinstance(site, ModuleSite):
                 raise SiteError(f"at {site_name(*site)}: a strategy acts on modules, not on a parameter: use it in a module cap.")
-            self._enter(site, cap.action)
+            self._enter(site, cap.action)  # type: ignore[arg-type]
             return
         self.actions.append(PlannedAction(cap, site, _examine(cap, site)))
 
     def _tied_elsewhere(self) -> None:
         # a parameter that no cap wanted here may belong, tied, to a module that a cap took there
-        taken = {id(p) for action in self.actions for p in parameters_at(action.site)}
+        taken = set()
         for action in self.actions:
             for name, parameter in _named_parameters_at(action.site):
                 self._seen_before(parameter, name)
+                taken.add(id(parameter))
         self.frozen = [site for site in self.frozen if id(site.parameter) not in taken]
 
     def _refuse_silence(self) -> None:
@@ -206,7 +213,7 @@ class _Walk:
         for action in self.actions:
             if action.caution:
                 cautions.setdefault(action.caution, []).append(action.site.full_name or "the root")
-        parameters = list(self.root.parameters())
+        parameters = list({id(parameter): parameter for _, parameter in named_parameters_below(self.root)}.values())
         return Report(
             strategy=repr(self.strategy),
             caps=tuple(CapMatches(kind, repr(cap), tuple(sites)) for kind, cap, sites in self.matches.values()),
@@ -222,14 +229,18 @@ def _refuse_unusable(module: Any) -> None:
     if not isinstance(module, nn.Module):
         given = "nothing" if module is None else f"{type(module).__name__}"
         raise ModelError(f"fine-tuning needs a torch.nn.Module, got {given}: pass the model itself as the first argument.")
-    for name, child in module.named_modules():
-        where = f"{name!r} ({type(child).__name__})" if name else f"the model ({type(child).__name__})"
-        if isinstance(child, torch.jit.ScriptModule):
-            raise ModelError(f"{where} is scripted and cannot be adapted: adapt the model first, torch.jit.script it afterwards.")
-        if any(p is not None and is_lazy(p) for p in child._parameters.values()):
-            raise ModelError(f"{where} is lazy and has no shapes yet: run one forward pass first.")
-        if is_adopted(child):
-            raise ModelError(f"{where} is adapted already: disable_fine_tuning(model) first, or plan on a fresh copy.")
+    for name, child in walk_modules(module):
+        if reason := _unusable(child):
+            raise ModelError(f"{repr(name) if name else 'the model'} ({type(child).__name__}) {reason}")
+
+
+def _unusable(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is scripted and cannot be adapted: adapt the model first, torch.jit.script it afterwards."
+    for parameter in module._parameters.values():
+        if parameter is not None and is_lazy(parameter):
+            return "is lazy and has no shapes yet: run one forward pass first."
+    return "is adapted already: disable_fine_tuning(model) first, or plan on a fresh copy." if is_adopted(module) else None
 
 
 def _ask(cap: Cap, site: Site) -> bool:
@@ -259,17 +270,17 @@ def _asks_for(cap: Cap, part: Check) -> bool:
     return isinstance(cap.check, Check) and any(part == other for other, _ in cap.check.naming_parts())
 
 
-def _named_parameters_at(site: Site) -> Iterator[tuple[str, nn.Parameter]]:
+def _named_parameters_at(site: Site) -> list[tuple[str, nn.Parameter]]:
     if isinstance(site, ParameterSite):
-        yield site.full_name, site.parameter
-    else:
-        for name, parameter in site.current_module.named_parameters(remove_duplicate=False):
-            yield join_name(site.global_name, name), parameter
+        return [(site.full_name, site.parameter)]
+    return [(join_name(site.global_name, name), parameter) for name, parameter in named_parameters_below(site.current_module)]
 
 
-def parameters_at(site: Site) -> Iterator[nn.Parameter]:
+def parameters_at(site: Site) -> list[nn.Parameter]:
     """The parameters that an action on the site answers for: a module's, children included, or the one."""
-    return (parameter for _, parameter in _named_parameters_at(site))
+    if isinstance(site, ParameterSite):
+        return [site.parameter]
+    return [parameter for _, parameter in named_parameters_below(site.current_module)]
 
 
 def _every_site(root: nn.Module) -> Iterator[Site]:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gift_core.errors import StateError
 from gift_core.info import Report
-from gift_core.iterator import join_name
-from gift_core.reparameterization import adoptions_of
+from gift_core.iterator import walk_modules
+from gift_core.reparameterization import is_adopted
 from gift_core.structure import Change
 
-_ATTRIBUTE = "_gift_tuning"
+#: Where a tuned root keeps its record.
+RECORD_ATTRIBUTE = "_gift_tuning"
 
 
 @dataclasses.dataclass
@@ -50,7 +51,9 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    values = tensor.contiguous().flatten()
+    words = values.nbytes % 8 == 0 and values.storage_offset() * values.element_size() % 8 == 0
+    return values.view(torch.int64 if words else torch.uint8)  # whole words compare several times faster
 
 
 @dataclasses.dataclass
@@ -68,6 +71,7 @@ class Tuning:
             the base's parameters; ``statistics`` the buffers of normalisation layers; ``buffers`` other persistent buffers.
         has_originals: False when ``keep_originals=False`` left the values of kept parameters out.
         merged: whether weights are merged. ``paused``: whether `tuning_disabled` is active. ``full``: whether state dicts hold all.
+        governor: a weak reference to the set of adapters that this one belongs to. A copy or pickle of the model belongs to none.
     """
 
     config: dict[str, Any] | None
@@ -86,11 +90,26 @@ class Tuning:
     merged: bool = False
     paused: bool = False
     full: bool = False
+    governor: Callable[[], Governor | None] | None = None
+
+    def governed_by(self) -> Governor | None:
+        """The set of adapters that switches the model, or None."""
+        return self.governor and self.governor()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"governor": None}
+
+
+class Governor(Protocol):
+    """What switches a model among several adapters."""
+
+    def use(self, name: None, /) -> object:
+        """Give the base model back."""
 
 
 def find_tuning(module: nn.Module) -> Tuning | None:
     """The record of this very module, or None if it is no tuned root."""
-    found: Tuning | None = module.__dict__.get(_ATTRIBUTE)
+    found: Tuning | None = module.__dict__.get(RECORD_ATTRIBUTE)
     return found
 
 
@@ -109,9 +128,9 @@ def tuning_of(module: nn.Module) -> Tuning:
 def set_tuning(module: nn.Module, tuning: Tuning | None) -> None:
     """Attach a record to a root, or take it away."""
     if tuning is None:
-        module.__dict__.pop(_ATTRIBUTE, None)
+        module.__dict__.pop(RECORD_ATTRIBUTE, None)
     else:
-        module.__dict__[_ATTRIBUTE] = tuning
+        module.__dict__[RECORD_ATTRIBUTE] = tuning
 
 
 def tuned_root(module: nn.Module) -> nn.Module:
@@ -122,7 +141,7 @@ def tuned_root(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise StateError(f"expected a tuned torch.nn.Module, got {type(module).__name__}.")
-    roots = [(name, child) for name, child in module.named_modules() if find_tuning(child) is not None]
+    roots = [(name, child) for name, child in _once(walk_modules(module)) if find_tuning(child) is not None]
     if not roots:
         tuning_of(module)  # raises
     if len(roots) > 1 and roots[0][1] is not module:
@@ -136,22 +155,30 @@ def tuned_root(module: nn.Module) -> nn.Module:
 
 def adopted_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every adopted module once, with its full name below ``root``."""
-    return ((name, module) for name, module in root.named_modules() if adoptions_of(module))
+    return ((name, module) for name, module in _once(walk_modules(root)) if is_adopted(module))
+
+
+def _once(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    for name, module in modules:
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield name, module
 
 
 def named_tensors(root: nn.Module, *, buffers: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Every parameter, or every buffer, as ``(key, module, name, tensor)`` under each key that a state dict gives it."""
-    for prefix, module in root.named_modules(remove_duplicate=False):
+    for prefix, module in walk_modules(root):
         for name, tensor in (module._buffers if buffers else module._parameters).items():
             if tensor is not None:
-                yield join_name(prefix, name), module, name, tensor
+                yield f"{prefix}.{name}" if prefix else name, module, name, tensor
 
 
 def structure_digest(root: nn.Module) -> str:
     """A digest of the names and shapes of a plain model's parameters and persistent buffers."""
-    shapes = [(key, list(tensor.shape)) for key, _, _, tensor in named_tensors(root, buffers=False)]
+    shapes = [(key, tensor.shape) for key, _, _, tensor in named_tensors(root, buffers=False)]
     shapes += [
-        (key, list(buffer.shape))
+        (key, buffer.shape)
         for key, module, name, buffer in named_tensors(root, buffers=True)
         if name not in module._non_persistent_buffers_set
     ]

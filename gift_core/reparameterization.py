@@ -10,6 +10,7 @@ Nothing here knows strategies, caps or how a model is walked.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift_core.errors import SiteError, StateError
+
+#: What to do about a model that is sharded already.
+ENABLE_FIRST = "call enable_fine_tuning on the whole model, and fully_shard or parallelize_module afterwards (docs/distributed.md)."
 
 #: How an adopted module is spelt: each adapted name with its method, in order of adoption.
 Adoptions = tuple[tuple[str, "type[Reparameterization]"], ...]
@@ -114,7 +118,7 @@ def adoptable_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise SiteError("it is scripted: adapt the model before torch.jit.script.")
-    if any(name == adopted for adopted, _ in adoptions_of(module)):
+    if name in dict(adoptions_of(module)):
         raise SiteError(f"its {name!r} is adapted already: each weight takes one method.")
     weight = module._parameters.get(name)
     if weight is None:
@@ -124,6 +128,8 @@ def adoptable_parameter(module: nn.Module, name: str) -> nn.Parameter:
         raise SiteError(f"it has no parameter {name!r} (its own: {own}): name one of these, or exclude it.")
     if is_lazy(weight):
         raise SiteError(f"its {name!r} has no shape yet: run one forward pass first.")
+    if type(weight).__name__ == "DTensor":
+        raise SiteError(f"its {name!r} is sharded: {ENABLE_FIRST}")
     if is_opaque(weight) or weight.layout is not torch.strided:
         raise SiteError(f"its {name!r} is no dense floating-point tensor ({type(weight).__name__}, {weight.dtype}): exclude it.")
     if weight.is_meta:
@@ -135,6 +141,21 @@ def is_opaque(tensor: Tensor) -> bool:
     """Whether a weight must be handed out as it is: FSDP2's or tensor parallel's own handle, or packed by a quantiser."""
     # by name, because importing torch.distributed.tensor costs more than all of GIFt
     return type(tensor).__name__ == "DTensor" or not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def trust_mesh(module: nn.Module) -> None:
+    """Let an adopted module compute with weights that tensor parallelism has sharded, on the mesh that they are on now.
+
+    FSDP2 shards over a mesh of its own and reads the attribute to find its shards, so that those are still handed out as they are.
+    """
+    weights: list[Any] = [module._parameters[name] for name, _ in adoptions_of(module)]
+    if meshes := [weight.device_mesh for weight in weights if type(weight).__name__ == "DTensor"]:
+        module._gift_mesh = meshes[0]
+
+
+def _computes_sharded(module: nn.Module, tensor: Any) -> bool:
+    mesh = module.__dict__.get("_gift_mesh")
+    return mesh is not None and type(tensor).__name__ == "DTensor" and tensor.device_mesh == mesh
 
 
 def method_name(method: type[Reparameterization]) -> str:
@@ -251,7 +272,7 @@ def _effective_property(name: str, method: type[Reparameterization]) -> property
 
     def get(self: nn.Module) -> Tensor | None:
         frozen = self._parameters[name]
-        if frozen is None or is_opaque(frozen):
+        if frozen is None or (is_opaque(frozen) and not _computes_sharded(self, frozen)):
             return frozen
         return _compute(method, self if scope is None else scope(self, prefix), frozen, name)
 
@@ -398,6 +419,14 @@ class _Scope:
     add_module = register_module
 
 
+def adopted_weight(owner: Any) -> tuple[nn.Module, str]:
+    """The layer and the name of its parameter that ``self`` stands for in a method's functions.
+
+    A method that reads some weights differently from others (the gates of an LSTM, the projections of attention) asks here.
+    """
+    return (owner._module, owner._prefix[:-1]) if isinstance(owner, _Scope) else (owner, "weight")
+
+
 def _make_scope_class(method: type[Reparameterization]) -> Callable[[nn.Module, str], Any]:
     return type(f"{method.__name__}Scope", (_Scope, method), {})
 
@@ -407,17 +436,20 @@ _scope_class: Callable[[type[Reparameterization]], Callable[[nn.Module, str], An
 )
 
 
+def _overwritten(now: dict[str, Any], old: dict[str, Any]) -> list[str]:
+    if len(now) >= len(old) and all(map(operator.is_, old, now)) and all(map(operator.is_, old.values(), now.values())):
+        return []  # the usual case, in a fraction of the time: what is new comes last
+    return [name for name, value in old.items() if now.get(name) is not value]
+
+
 def _guarded_init(
     module: nn.Module, owner: Any, method: type[Reparameterization], weight: nn.Parameter, params: dict[str, Any]
 ) -> None:
-    registries = (module._parameters, module._buffers, module._modules)
-    attributes = dict(module.__dict__)
-    members = [dict(registry) for registry in registries]
+    places: tuple[dict[str, Any], ...] = (module.__dict__, module._parameters, module._buffers, module._modules)
+    before = [place.copy() for place in places]
     method.init_parameters(owner, weight.detach(), **params)
-    overwritten = [name for name, value in attributes.items() if module.__dict__.get(name) is not value]
-    for registry, old in zip(registries, members, strict=True):
-        overwritten += [name for name, value in old.items() if registry.get(name) is not value]  # type: ignore[attr-defined]
+    overwritten = [name for place, old in zip(places, before, strict=True) for name in _overwritten(place, old)]
     original = original_class_of(module)
-    overwritten += [name for name in module.__dict__ if name not in attributes and hasattr(original, name)]
+    overwritten += [name for name in module.__dict__.keys() - before[0].keys() if hasattr(original, name)]
     if overwritten:
         raise SiteError(f"{method.__name__} overwrites {', '.join(sorted(overwritten))} of the layer: choose other names.")

@@ -12,9 +12,11 @@ A plain name is a glob without wildcards. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 
 from gift_core.errors import PatternError
@@ -23,6 +25,22 @@ from gift_core.errors import PatternError
 MAX_REGEX_LENGTH = 1000
 
 Matcher = Callable[[str, object], bool]
+
+_regex_refusal: ContextVar[str | None] = ContextVar("_regex_refusal", default=None)
+
+
+@contextlib.contextmanager
+def no_regular_expressions(advice: str) -> Iterator[None]:
+    """Within the context, in this thread, ``re:`` patterns are refused, because one from a file may never end.
+
+    Args:
+        advice: what to do instead, for the message.
+    """
+    token = _regex_refusal.set(advice)
+    try:
+        yield
+    finally:
+        _regex_refusal.reset(token)
 
 
 def compile_pattern(pattern: str) -> Matcher:
@@ -33,6 +51,8 @@ def compile_pattern(pattern: str) -> Matcher:
     """
     if not isinstance(pattern, str) or not pattern:
         raise PatternError(f"a pattern is a non-empty string, got {pattern!r}: write a name, a glob, 're:', 'type:' or 'layer:'.")
+    if pattern.startswith("re:") and (advice := _regex_refusal.get()) is not None:
+        raise PatternError(f"the pattern {pattern[:100]!r} comes from a file, and regular expressions from files are not run. {advice}")
     return _compile(pattern)
 
 

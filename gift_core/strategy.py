@@ -30,7 +30,7 @@ class FineTuningStrategy:
     Attributes:
         name: the registered name, the same as the entry point's; None for a strategy that is not registered.
         plugin_api: the generation of the plugin API it was written for.
-        capabilities: what it promises beyond what every strategy does.
+        capabilities: what it promises beyond what every strategy does; an instance whose parameters promise otherwise sets its own.
 
     Raises:
         StrategyError: if a cap or a constraint is malformed.
@@ -38,7 +38,7 @@ class FineTuningStrategy:
 
     name: ClassVar[str | None] = None
     plugin_api: ClassVar[int] = PLUGIN_API
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: Capabilities = Capabilities()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FineTuningStrategy:
         # the arguments are the strategy's form as data; kept here, so that no subclass has to remember it

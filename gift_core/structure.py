@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 from collections.abc import Iterable, MutableMapping, MutableSet
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from gift_core.iterator import walk_modules
+
+_CONTAINERS = (dict, set, list)
 
 
 class Absent(enum.Enum):
@@ -26,8 +31,7 @@ class Absent(enum.Enum):
 ABSENT = Absent.ABSENT
 
 
-@dataclasses.dataclass
-class _Module:
+class _Module(NamedTuple):
     """One module: its class, its attributes, and one level of copies of the containers among them."""
 
     module: nn.Module
@@ -37,8 +41,9 @@ class _Module:
 
     @classmethod
     def of(cls, module: nn.Module) -> _Module:
-        attributes = dict(module.__dict__)
-        containers = {key: value.copy() for key, value in attributes.items() if isinstance(value, (dict, set, list)) and value}
+        attributes = module.__dict__.copy()
+        # most are empty: None stands for the copy of such a one, because a model has millions of them
+        containers = {key: value.copy() if value else None for key, value in attributes.items() if isinstance(value, _CONTAINERS)}
         return cls(module, type(module), attributes, containers)
 
 
@@ -82,7 +87,7 @@ class Snapshot:
 
 def take_snapshot(root: nn.Module) -> Snapshot:
     """Record the structure of ``root`` and everything below it."""
-    modules = list(root.modules())
+    modules = list(dict.fromkeys(module for _, module in walk_modules(root)))
     flags = [(m, name, p.requires_grad) for m in modules for name, p in m._parameters.items() if p is not None]
     return Snapshot([_Module.of(module) for module in modules], flags)
 
@@ -103,18 +108,18 @@ def _compare(old: _Module) -> Change | None:
     cls = old.cls if type(module) is not old.cls else None
     attributes: dict[str, tuple[Any, Any]] = {}
     entries: dict[str, dict[Any, tuple[Any, Any]]] = {}
-    for key in [*old.attributes, *(key for key in now if key not in old.attributes)]:
-        before, after = old.attributes.get(key, ABSENT), now.get(key, ABSENT)
-        if before is not after:
-            attributes[key] = (before, after)
-        if isinstance(before, (dict, set, list)):
-            held = old.containers.get(key, type(before)())
+    if len(now) != len(old.attributes) or not all(map(operator.is_, old.attributes.values(), now.values())):
+        attributes = _compare_container(old.attributes, now)
+    for key, copied in old.containers.items():
+        before = old.attributes[key]
+        if before or copied:
+            held = type(before)() if copied is None else copied
             found = _compare_container(held, before)
             if found or (isinstance(before, dict) and list(held) != list(before)):
                 entries[key] = found
     if not (cls or attributes or entries):
         return None
-    return Change(module, cls, attributes, entries, {key: list(old.containers.get(key, ())) for key in entries})
+    return Change(module, cls, attributes, entries, {key: list(old.containers[key] or ()) for key in entries})
 
 
 def _compare_container(before: Any, after: Any) -> dict[Any, tuple[Any, Any]]:
@@ -123,9 +128,8 @@ def _compare_container(before: Any, after: Any) -> dict[Any, tuple[Any, Any]]:
         return {} if same else {"list": (list(before), list(after))}
     if isinstance(before, set):
         return {key: (key in before, key in after) for key in before ^ after}
-    keys = [*before, *(key for key in after if key not in before)]
-    pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] is not pair[1]}
+    changed = {key: (old, new) for key, old in before.items() if (new := after.get(key, ABSENT)) is not old}
+    return changed | {key: (ABSENT, new) for key, new in after.items() if key not in before}
 
 
 def _undo_container(container: Any, entries: dict[Any, tuple[Any, Any]], order: list[Any]) -> None:
@@ -137,7 +141,7 @@ def _undo_container(container: Any, entries: dict[Any, tuple[Any, Any]], order: 
     else:
         for key, (old, _) in entries.items():
             _put(container, key, old)
-        _reorder(container, order)
+        reorder(container, order)
 
 
 def _put(mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
@@ -147,8 +151,8 @@ def _put(mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         mapping[key] = value
 
 
-def _reorder(container: MutableMapping[Any, Any], order: list[Any]) -> None:
-    # the order of registration is the order of the state dict's keys
+def reorder(container: MutableMapping[Any, Any], order: list[Any]) -> None:
+    """Put the keys of a registry into an order, others after them: it is the order of the state dict's keys."""
     first = {key: container[key] for key in order if key in container}
     rest = {key: value for key, value in container.items() if key not in first}
     if list(container) != [*first, *rest]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import warnings
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from gift_core.caps import describe
+from gift_core.distributed import is_sharded, write_whole
 from gift_core.errors import ActionError, GiftError, GiftWarning, ModelError, NoMatchError, SiteError, StateError
-from gift_core.factories import site_name
+from gift_core.factories import site_name, writes_no_value
+from gift_core.guard import Guard
 from gift_core.info import Count, Report
+from gift_core.iterator import named_parameters_below, walk_modules
 from gift_core.plan import PlannedAction, TuningPlan, parameters_at, plan_fine_tuning
 from gift_core.plugins import call_hooks
 from gift_core.record import (
@@ -23,16 +27,23 @@ from gift_core.record import (
     adopted_modules,
     find_tuning,
     named_tensors,
-    same_bits,
     set_tuning,
     structure_digest,
     tuned_root,
     tuning_of,
 )
-from gift_core.reparameterization import adoptions_of, refresh_caches, set_merged
+from gift_core.reparameterization import ENABLE_FIRST, adoptions_of, refresh_caches, set_merged
 from gift_core.state_dict import classify_keys, install_hooks
 from gift_core.strategy import FineTuningStrategy, as_strategy
 from gift_core.structure import Snapshot, take_snapshot, undo
+
+NamedTensor = tuple[str, nn.Module, str, Tensor]
+
+#: An action, and the parameters that it answers for, each with whether it leaves them trainable.
+Wishes = tuple[PlannedAction, list[tuple[Tensor, bool]]]
+
+#: The most that is copied of the base at one time while actions run, unless one site alone has more: what fits into a cache.
+_GUARDED_BYTES = 2**20
 
 
 def enable_fine_tuning(
@@ -63,17 +74,23 @@ def enable_fine_tuning(
     """
     _refuse_state(module)
     strategy = as_strategy(fine_tuning_strategy)
-    plan = plan_fine_tuning(module, strategy)
-    _refuse_untrainable(module)
+    with _collector_paused():
+        plan = plan_fine_tuning(module, strategy)
+        _refuse_untrainable(module)
     for text in plan.report.cautions:
         warnings.warn(text, GiftWarning, stacklevel=2)
     call_hooks("gift_before_enable", module=module, strategy=strategy, plan=plan)
+    with _collector_paused():
+        return _tune(plan, replace_parameter_function, trainable_state_dict, keep_originals)
+
+
+def _tune(plan: TuningPlan, replace_parameter_function: bool, trainable_state_dict: bool, keep_originals: bool) -> Report:
+    module, strategy = plan.module, plan.strategy
     before = take_snapshot(module)
     structure = structure_digest(module)
-    base = {id(tensor) for buffers in (False, True) for _, _, _, tensor in named_tensors(module, buffers=buffers)}
-    own = list(module.parameters())
+    base = Base(list(named_tensors(module, buffers=False)), list(named_tensors(module, buffers=True)))
     with _all_or_nothing(module, before):
-        originals = _apply(plan, keep_originals)
+        originals = _apply(plan, base, keep_originals)
         _refuse_conflicts(module)
         if replace_parameter_function:
             module.parameters = TrainableParameters(module)  # type: ignore[method-assign]
@@ -88,8 +105,8 @@ def enable_fine_tuning(
             changes=before.changes_since(),
             flags=before.flags,
             originals=originals,
-            has_originals=keep_originals or not any(parameter.requires_grad for parameter in own),
-            **classify_keys(module, base),
+            has_originals=keep_originals or not any(parameter.requires_grad for _, _, _, parameter in base.parameters),
+            **classify_keys(module, base.ids()),
         )
         set_tuning(module, tuning)
         call_hooks("gift_after_enable", module=module, strategy=strategy, report=report)
@@ -115,6 +132,10 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
     if tuning.merged:
         for _, adopted in adopted_modules(root):
             set_merged(adopted, False)
+        tuning.merged = False
+    if (governor := tuning.governed_by()) is not None:
+        governor.use(None)  # the other adapters stay where they are
+        return module
     undo(tuning.changes)
     refresh_caches(root)
     Snapshot([], tuning.flags).restore_flags()
@@ -136,6 +157,8 @@ def tuning_disabled(module: nn.Module) -> Iterator[nn.Module]:
     tuning = tuning_of(root)
     if not tuning.has_originals:
         raise StateError("the original values were not kept (keep_originals=False), so the base model cannot be computed.")
+    if any(is_sharded(tensor) for original in tuning.originals if (tensor := original.current()) is not None):
+        raise StateError("parameters of the base train and are sharded, so they cannot be exchanged: compute the base model on a copy.")
     tuned = take_snapshot(root)
     if tuning.merged:
         for _, adopted in adopted_modules(root):
@@ -157,7 +180,7 @@ def restore_values(tuning: Tuning) -> None:
     with torch.no_grad():
         for original in tuning.originals:
             if (tensor := original.current()) is not None:
-                tensor.copy_(original.value)
+                write_whole(tensor, original.value)
 
 
 def exchange_values(tuning: Tuning) -> None:
@@ -187,7 +210,7 @@ def _refuse_state(module: Any) -> None:
         return  # planning says it better
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
         raise ModelError(f"{type(module).__name__} wraps the model: call enable_fine_tuning on the model first, wrap it afterwards.")
-    for name, child in module.named_modules():
+    for name, child in walk_modules(module):
         if (tuning := find_tuning(child)) is not None:
             where = f"its {name!r}" if name else "the model"
             raise StateError(
@@ -199,10 +222,24 @@ def _refuse_state(module: Any) -> None:
 def _refuse_untrainable(module: nn.Module) -> None:
     for buffers in (False, True):
         for key, _, _, tensor in named_tensors(module, buffers=buffers):
+            if is_sharded(tensor):
+                raise ModelError(f"{key!r} is sharded: {ENABLE_FIRST}")
             if tensor.is_meta:
                 raise ModelError(f"{key!r} is on the meta device and has no values: load the base weights first (plans work without).")
             if tensor.is_inference():
                 raise ModelError(f"{key!r} was made in torch.inference_mode() and cannot train: build or load the model outside of it.")
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No cyclic garbage is made within, and what is made stays: looking for garbage meanwhile would take longer than the work."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -219,30 +256,37 @@ def _all_or_nothing(module: nn.Module, before: Snapshot) -> Iterator[None]:
         raise
 
 
-def _apply(plan: TuningPlan, keep_originals: bool) -> list[Original]:
-    originals = [
-        Original(module, name, key, buffer.detach().clone(), True)
-        for key, module, name, buffer in _once(named_tensors(plan.module, buffers=True))
-    ]
-    known = list(_once(named_tensors(plan.module, buffers=False)))
-    flags = {id(parameter): parameter.requires_grad for _, _, _, parameter in known}
+class Base(NamedTuple):
+    """The tensors that a model has before it is tuned, as `named_tensors` gives them."""
+
+    parameters: list[NamedTensor]
+    buffers: list[NamedTensor]
+
+    def ids(self) -> set[int]:
+        return {id(tensor) for _, _, _, tensor in (*self.parameters, *self.buffers)}
+
+
+def _apply(plan: TuningPlan, base: Base, keep_originals: bool) -> list[Original]:
+    originals = [Original(module, name, key, _copy(buffer), True) for key, module, name, buffer in _once(base.buffers)]
+    flags = {id(parameter): parameter.requires_grad for _, _, _, parameter in base.parameters}
     for site in plan.frozen:
         site.parameter.requires_grad_(False)
-    done = [(action, _act(action, flags)) for action in plan.actions]
+    done = [item for portion in _in_portions(plan.actions) for item in _act_guarded(portion, flags)]
     for action, wishes in done:
         for parameter, trains in wishes:
             if parameter.requires_grad != trains:
                 _refuse_disagreement(action, trains)
     if keep_originals:
-        originals += [
-            Original(module, name, key, parameter.detach().clone(), False)
-            for key, module, name, parameter in known
-            if parameter.requires_grad
-        ]
+        trained = (item for item in _once(base.parameters) if item[3].requires_grad)
+        originals += [Original(module, name, key, _copy(parameter), False) for key, module, name, parameter in trained]
     return originals
 
 
-def _once(tensors: Iterator[tuple[str, nn.Module, str, Tensor]]) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _once(tensors: list[NamedTensor]) -> Iterator[NamedTensor]:
     seen: set[int] = set()
     for item in tensors:
         if id(item[3]) not in seen:
@@ -257,74 +301,64 @@ def _refuse_disagreement(action: PlannedAction, trains: bool) -> NoReturn:
     )
 
 
-def _act(action: PlannedAction, flags: dict[int, bool]) -> list[tuple[Tensor, bool]]:
-    """Run one action and give the parameters it answers for, each with whether it leaves them trainable.
+def _in_portions(actions: Iterable[PlannedAction]) -> Iterator[list[tuple[PlannedAction, list[Tensor]]]]:
+    """Actions, with the tensors around them, to run under one guard: as many as bound the memory of its copies, at least one."""
+    portion: list[tuple[PlannedAction, list[Tensor]]] = []
+    size = 0
+    for action in actions:
+        own = _own_tensors(action)
+        size += sum(tensor.nbytes for tensor in own)
+        if portion and size > _GUARDED_BYTES:
+            yield portion
+            portion, size = [], sum(tensor.nbytes for tensor in own)
+        portion.append((action, own))
+    if portion:
+        yield portion
 
-    What it wrote into the base's own tensors is put back before the error leaves.
-    """
-    answered_for = list(parameters_at(action.site))
+
+def _act_guarded(portion: list[tuple[PlannedAction, list[Tensor]]], flags: dict[int, bool]) -> list[Wishes]:
+    """Run actions, and give for each what `_act` gives. What they wrote into the base is put back before an error leaves."""
+    guard = Guard(tensor for _, own in portion for tensor in own)
+    try:
+        done = [(action, _act(action, flags)) for action, _ in portion]
+        if written := {id(tensor) for tensor in guard.written()}:
+            _refuse_writing(next(action for action, own in portion if not written.isdisjoint(map(id, own))))
+    except BaseException:
+        guard.put_back()
+        raise
+    return done
+
+
+def _own_tensors(action: PlannedAction) -> list[Tensor]:
+    if writes_no_value(action.cap.action):
+        return []
+    modules = [module for _, module in walk_modules(action.site[4])]
+    return [
+        tensor for module in modules for held in (module._parameters, module._buffers) for tensor in held.values() if tensor is not None
+    ]
+
+
+def _refuse_writing(action: PlannedAction) -> NoReturn:
+    raise ActionError(
+        f"action {describe(action.cap.action)} wrote into the base model at {site_name(*action.site)}: an action registers "
+        "tensors of its own and leaves the base's values alone. The model is as before."
+    )
+
+
+def _act(action: PlannedAction, flags: dict[int, bool]) -> list[tuple[Tensor, bool]]:
+    """Run one action and give the parameters it answers for, each with whether it leaves them trainable."""
+    answered_for = parameters_at(action.site)
     for parameter in answered_for:
         # each action finds the model's own flag, so that what it leaves is its own wish, also for a tensor that another had
         parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
-    own = [_Held.of(tensor) for tensor in _own_tensors(action)]
     try:
         action()
-        written = any(held.was_written() for held in own)
     except Exception as error:
-        _write_back(own)
         where, what = site_name(*action.site), describe(action.cap.action)
         if isinstance(error, GiftError):
             raise type(error)(f"at {where}: {error}") from error
         raise ActionError(f"action {what} raised at {where}: {type(error).__name__}: {error}. The model is as before.") from error
-    except BaseException:
-        _write_back(own)
-        raise
-    if written:
-        _write_back(own)
-        raise ActionError(
-            f"action {describe(action.cap.action)} wrote into the base model at {site_name(*action.site)}: an action registers "
-            "tensors of its own and leaves the base's values alone. The model is as before."
-        )
     return [(parameter, parameter.requires_grad) for parameter in answered_for]
-
-
-def _own_tensors(action: PlannedAction) -> list[Tensor]:
-    module: nn.Module = action.site[4]
-    return [tensor for buffers in (False, True) for _, _, _, tensor in _once(named_tensors(module, buffers=buffers))]
-
-
-@dataclasses.dataclass
-class _Held:
-    """A tensor of the base while an action runs: what shows a write, and what reverses it."""
-
-    tensor: Tensor
-    data: Tensor
-    value: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Held:
-        return cls(tensor, tensor.data, tensor.detach().clone(), tensor._version)
-
-    def was_written(self) -> bool:
-        # a write through .data leaves the version as it was, so the bits are compared where a tensor has plain ones
-        plain = type(self.tensor) in (Tensor, nn.Parameter) and self.tensor.layout is torch.strided and not self.tensor.is_meta
-        return self.tensor._version != self.version or (plain and not self._is_as_before())
-
-    def _is_as_before(self) -> bool:
-        now = self.tensor.detach()
-        return (now.dtype, now.device) == (self.value.dtype, self.value.device) and same_bits(now, self.value)
-
-    def put_back(self) -> None:
-        if self.was_written():
-            self.tensor.data = self.data  # it may have been exchanged
-            self.data.copy_(self.value)
-
-
-def _write_back(own: list[_Held]) -> None:
-    with torch.no_grad():
-        for held in own:
-            held.put_back()
 
 
 def _refuse_conflicts(module: nn.Module) -> None:
@@ -333,12 +367,12 @@ def _refuse_conflicts(module: nn.Module) -> None:
             parameter = adopted._parameters[weight]
             if parameter is not None and parameter.requires_grad:
                 raise SiteError(f"{name}.{weight} is adapted and trains itself as well: an action leaves what it adapts frozen.")
-    if not any(p.requires_grad for p in module.parameters()):
+    if not any(parameter.requires_grad for _, parameter in named_parameters_below(module)):
         raise NoMatchError("nothing would train: the actions of the strategy left every parameter frozen.")
 
 
 def _completed(plan: TuningPlan, module: nn.Module) -> Report:
-    parameters = [parameter for _, parameter in module.named_parameters()]
+    parameters = list({id(parameter): parameter for _, parameter in named_parameters_below(module)}.values())
     trainable = Count.of(p for p in parameters if p.requires_grad)
     return dataclasses.replace(plan.report, after=Count.of(parameters), trainable=trainable)
 

@@ -24,6 +24,7 @@ from gift_core.factories import (
     selects,
 )
 from gift_core.iterator import join_name
+from gift_lora_plugin import LoRAAllFineTuningStrategy
 
 
 class Recorder:
@@ -400,7 +401,7 @@ def test_scripted_modules_are_refused() -> None:
 
 def test_the_plan_names_the_site_that_cannot_be_adapted() -> None:
     """What a method finds wrong with a weight is an error at planning time, with the site."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
 
-    with refused(model, SiteError, "'1' (Linear)", "complex"):
-        plan_fine_tuning(model, "lora")
+    with refused(model, SiteError, "'1' (Linear)", "pissa", "rank 3"):
+        plan_fine_tuning(model, LoRAAllFineTuningStrategy(rank=3, init="pissa"))

@@ -296,6 +296,17 @@ def test_a_config_records_defaults_too() -> None:
         "targets": None,
         "exclude": None,
         "conv_layout": "balanced",
+        "use_rslora": False,
+        "use_dora": False,
+        "init": "kaiming",
+        "freeze_A": False,
+        "adapter_dtype": None,
+        "rank_pattern": None,
+        "alpha_pattern": None,
+        "dropout_pattern": None,
+        "attention": ["q", "k", "v", "out"],
+        "parameters": None,
+        "parameter_layout": "out_in",
     }
 
 

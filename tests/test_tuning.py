@@ -117,11 +117,9 @@ def test_a_fresh_adapter_changes_nothing(build: Builder) -> None:
     enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=2))
     after = dict(model.named_parameters())
     base = plain(build, model)
-    for module in base.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            module.out_proj.weight.requires_grad_(True)  # what attention reads from an adapted layer has a gradient
 
-    assert torch.equal(model(inputs), base(inputs))
+    with torch.no_grad():  # torch chooses kernels by requires_grad, and the effective weights of attention and LSTM have it
+        assert torch.equal(model(inputs), base(inputs))
     assert all(tensor_bytes(after[name]) == value for name, value in values.items())
 
 
@@ -136,7 +134,7 @@ def test_only_what_was_asked_for_moves(build: Builder) -> None:
 
     moved = {name for name, p in model.named_parameters() if tensor_bytes(p) != before[name]}
     assert moved == trainable(model)
-    assert all(".lora_" in f".{name}" for name in moved)
+    assert all("lora_" in name.rpartition(".")[2] for name in moved)
 
 
 @every_model

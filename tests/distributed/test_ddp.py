@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import cnn, encoder, input_for, mlp, tied, train
+from ranks import WORLD, join, needs_gloo, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,12 +21,7 @@ BUILDERS = {builder.__name__: builder for builder in (mlp, cnn, encoder, tied)}
 #: Gradients of two halves are averaged instead of summed at once: a few roundings of float32.
 TOLERANCE = 1e-6
 
-WORLD = 2
-
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"),
-    pytest.mark.timeout(180),
-]
+pytestmark = [needs_gloo, pytest.mark.timeout(180)]
 
 
 def tuned(name: str, rank: int = 0) -> nn.Module:
@@ -59,8 +53,7 @@ def steps(model: nn.Module, inputs: Tensor, count: int = 2) -> None:
 
 def worker(rank: int, folder: Path) -> None:
     """What one process does: train each model on its half, and leave what the test looks at."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    join(folder, rank, WORLD)
     for name in BUILDERS:
         model = DistributedDataParallel(tuned(name, rank))
         steps(model, batch(name).chunk(WORLD)[rank])
@@ -78,21 +71,7 @@ def worker(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the two processes, which have ended by now, left their results."""
-    place = tmp_path_factory.mktemp("ddp")
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    command = [sys.executable, __file__, str(place)]
-    processes = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(WORLD)]
-    try:
-        errors = [process.communicate(timeout=60)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
-    return place
+    return run_ranks(__file__, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -1,0 +1,79 @@
+"""The base's own values while actions run: a write into them is noticed, and reversed.
+
+A write past torch's version counter (through ``.data``) shows in the bits alone, so that the values are copied before and compared
+after. Tensors of one shape are copied and compared together: the cost is that of reading memory, not that of many small calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gift_core.record import same_bits
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Guard:
+    """Holds the values of some tensors, each once.
+
+    Args:
+        tensors: of any type, shape, dtype and device. Those that are no plain dense tensors are held by their version counter and a
+            copy, because they have no bits that could be compared.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
+        self._aliases = [tensor.detach() for tensor in self._tensors]
+        self._versions = [tensor._version for tensor in self._tensors]
+        self._groups = list(_alike(self._tensors))
+        self._values = [self._read(group) for group in self._groups]
+
+    def written(self) -> list[Tensor]:
+        """The tensors whose values, type or memory are not what they were."""
+        return [self._tensors[at] for at, _ in self._written()]
+
+    def put_back(self) -> None:
+        """Give every tensor its memory and its values back, in place."""
+        with torch.no_grad():
+            for at, value in self._written():
+                self._tensors[at].data = self._aliases[at]  # it may have been exchanged
+                self._aliases[at].copy_(value)
+
+    def _read(self, group: Sequence[int]) -> Tensor:
+        if len(group) == 1:
+            return self._aliases[group[0]].clone()[None]
+        return torch.stack([self._aliases[at] for at in group])
+
+    def _written(self) -> list[tuple[int, Tensor]]:
+        return [item for group, values in zip(self._groups, self._values, strict=True) for item in self._written_of(group, values)]
+
+    def _written_of(self, group: Sequence[int], values: Tensor) -> list[tuple[int, Tensor]]:
+        plain = _is_plain(self._aliases[group[0]])
+        touched = {at for at in group if self._tensors[at]._version != self._versions[at]}
+        if plain:
+            touched |= {at for at in group if not _is_same_memory(self._tensors[at], self._aliases[at])}
+        if not touched and (not plain or same_bits(self._read(group), values)):
+            return []
+        return [
+            (at, value) for at, value in zip(group, values, strict=True) if at in touched or not same_bits(self._aliases[at], value)
+        ]
+
+
+def _is_same_memory(tensor: Tensor, alias: Tensor) -> bool:
+    return tensor.dtype is alias.dtype and tensor.device == alias.device and tensor.is_set_to(alias)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The places of tensors that can be stacked."""
+    groups: dict[object, list[int]] = {}
+    for at, tensor in enumerate(tensors):
+        key = (tensor.shape, tensor.dtype, tensor.device) if _is_plain(tensor) else at
+        groups.setdefault(key, []).append(at)
+    yield from groups.values()

@@ -1,0 +1,383 @@
+"""Models sharded by FSDP2 and by tensor parallelism: two processes over gloo, on this machine alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import WORLD, finish_ranks, join, needs_gloo, run_ranks, start_ranks
+from torch import Tensor, nn
+
+from gift_core import (
+    Reparameterization,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    full_state_dict,
+    load_adapter,
+    merge,
+    plain_layers,
+    read_adapter_info,
+    save_adapter,
+    tuning_disabled,
+)
+from gift_core.errors import GiftError, SiteError, StateError
+from gift_core.factories import is_instance, reparameterize
+from gift_core.strategy import FineTuningStrategy
+from gift_lora_plugin import LoRAAllFineTuningStrategy
+
+# FSDP2 shards on a CPU from torch 2.7 on
+pytestmark = [
+    needs_gloo,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="FSDP2 of torch 2.6 does not run on a CPU"),
+]
+
+#: Halves of a batch are averaged, and products split over processes, so that sums come in another order.
+TOLERANCE = 1e-6
+
+#: bfloat16 forward and backward, against the same on one process.
+BF16_TOLERANCE = 2e-2
+
+
+class Scaled(Reparameterization):
+    """A method without a forward of its own, to show that tensor parallelism needs none."""
+
+    def init_parameters(self, weight: Tensor) -> None:
+        self.scale = nn.Parameter(torch.ones_like(weight[:, :1]))
+
+    def reparameterize(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+
+SCALED = FineTuningStrategy([(is_instance(nn.Linear), reparameterize(Scaled))])
+
+
+def base() -> nn.Module:
+    """The base model, the same on every process."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 8), nn.Linear(8, 4))
+
+
+def tuned(strategy: FineTuningStrategy | None = None) -> nn.Module:
+    """The tuned model, the same on every process; biases train too, so that some of the base's own parameters move."""
+    model = base()
+    torch.manual_seed(1)
+    enable_fine_tuning(model, strategy or LoRAAllFineTuningStrategy(rank=2, train_bias=True, targets="type:Linear"))
+    return model
+
+
+def tokens() -> Tensor:
+    """An even number of examples."""
+    return torch.randint(0, 11, (4, 3), generator=torch.Generator().manual_seed(2))
+
+
+def train(model: nn.Module, inputs: Tensor, count: int = 2) -> None:
+    """Steps of an optimizer that is given what ``parameters()`` gives."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(count):
+        model(inputs).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trained(strategy: FineTuningStrategy | None = None) -> nn.Module:
+    """What one process makes of all the examples."""
+    model = tuned(strategy)
+    train(model, tokens())
+    return model
+
+
+def sharded(model: nn.Module, world: int, **policy: Any) -> nn.Module:
+    """The model in the hands of FSDP2, layer by layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model:  # type: ignore[attr-defined]
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh, **policy)
+    fully_shard(model, mesh=mesh, **policy)
+    return model
+
+
+def parallel(model: nn.Module, world: int) -> nn.Module:
+    """The model under tensor parallelism: one layer sharded by its outputs, the next by its inputs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {"1": ColwiseParallel(output_layouts=Replicate()), "4": RowwiseParallel(input_layouts=Replicate())}
+    with plain_layers(model):
+        parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
+    return model
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The whole trained part (collective)."""
+    return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in model.state_dict().items()}
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The kind and the text of the error that a call raises."""
+    try:
+        call()
+    except GiftError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+# --- what the processes do
+
+
+def train_sharded(folder: Path, rank: int, world: int) -> None:
+    """Train, save, load, and try what must be refused."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    half = tokens().chunk(world)[rank]
+    model = sharded(tuned(), world)
+    train(model, half)
+    torch.save(gathered(model), folder / f"fsdp-{rank}.pt")
+    save_adapter(model, folder / "fsdp.safetensors")
+    other = sharded(tuned(), world)
+    load_adapter(other, folder / "fsdp.safetensors")
+    torch.save(gathered(other), folder / f"loaded-{rank}.pt")
+    with full_state_dict(model):
+        torch.save(list(model.state_dict()), folder / f"all-keys-{rank}.pt")
+    calls = {
+        "merge": lambda: merge(model),
+        "enable after sharding": lambda: enable_fine_tuning(sharded(base(), world), "lora"),
+        "load after sharding": lambda: load_adapter(sharded(base(), world), folder / "fsdp.safetensors"),
+        "train all after sharding": lambda: enable_fine_tuning(sharded(base(), world), "full"),
+        "the base of a sharded model": lambda: tuning_disabled(model).__enter__(),
+        "an unwritable path": lambda: save_adapter(model, folder / "absent" / "fsdp.safetensors"),
+        "sharding inside plain_layers": lambda: _shard_inside(world),
+    }
+    torch.save({name: refusal(call) for name, call in calls.items()}, folder / f"refusals-{rank}.pt")
+    disable_fine_tuning(model)
+    torch.save(gathered(model), folder / f"disabled-{rank}.pt")
+    mixed = sharded(tuned(), world, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    train(mixed, half)
+    torch.save(gathered(mixed), folder / f"mixed-{rank}.pt")
+
+
+def _shard_inside(world: int) -> None:
+    model = tuned()
+    with plain_layers(model):
+        sharded(model, world)
+
+
+def train_parallel(folder: Path, rank: int, world: int) -> None:
+    """Train under tensor parallelism with two kinds of method, save, and load."""
+    for name, strategy in (("lora", None), ("scaled", SCALED)):
+        model = parallel(tuned(strategy), world)
+        train(model, tokens())
+        torch.save(gathered(model), folder / f"{name}-{rank}.pt")
+        save_adapter(model, folder / f"{name}.safetensors")
+        other = parallel(tuned(strategy), world)
+        load_adapter(other, folder / f"{name}.safetensors")
+        torch.save(gathered(other), folder / f"{name}-loaded-{rank}.pt")
+
+
+def checkpoint(folder: Path, rank: int, world: int) -> None:
+    """Save a distributed checkpoint of what was trained, or load the last one on other processes and save it again."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    step = int(sys.argv[5])
+    model = sharded(tuned(), world)
+    if step:
+        state = {"model": get_model_state_dict(model)}
+        dcp.load(state, checkpoint_id=folder / str(step - 1))
+        set_model_state_dict(model, state["model"])
+    else:
+        train(model, tokens().chunk(world)[rank])
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / str(step))
+    whole = gathered(model)
+    if rank == 0:
+        torch.save(whole, folder / f"whole-{step}.pt")
+
+
+def die_while_saving(folder: Path, rank: int, world: int) -> None:
+    """Save once; then the last process dies when it is about to take part in saving again."""
+    model = sharded(tuned(), world)
+    save_adapter(model, folder / "adapter.safetensors")
+    train(model, tokens().chunk(world)[rank])
+    if rank == world - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_adapter(model, folder / "adapter.safetensors")
+
+
+@contextlib.contextmanager
+def process_group(folder: Path, rank: int, world: int) -> Iterator[None]:
+    """The processes' common start and end."""
+    join(folder, rank, world)
+    yield
+    dist.destroy_process_group()
+
+
+# --- what the tests look at
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes under FSDP2 left."""
+    return run_ranks(__file__, tmp_path_factory.mktemp("fsdp"), "train_sharded")
+
+
+@pytest.fixture(scope="module")
+def tp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes under tensor parallelism left."""
+    return run_ranks(__file__, tmp_path_factory.mktemp("tp"), "train_parallel")
+
+
+def load(folder: Path, name: str) -> list[Any]:
+    """What each process left under a name."""
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def assert_close(state: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """The same keys in the same order, and numbers that differ by no more than the tolerance."""
+    assert list(state) == list(expected)
+    for key, value in expected.items():
+        assert torch.allclose(state[key], value, atol=tolerance, rtol=0), key
+
+
+def test_fsdp2_trains_as_one_process(fsdp: Path) -> None:
+    """Two steps under FSDP2, half a batch on each process, are two steps of one process on the whole batch."""
+    expected = trained().state_dict()
+
+    for state in load(fsdp, "fsdp"):
+        assert_close(state, expected, TOLERANCE)
+
+
+def test_fsdp2_with_mixed_precision(fsdp: Path) -> None:
+    """With bfloat16 computation and float32 reduction the adapter stays in float32, near what float32 gives."""
+    expected = trained().state_dict()
+
+    for state in load(fsdp, "mixed"):
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert_close(state, expected, BF16_TOLERANCE)
+
+
+def test_a_sharded_model_saves_one_whole_file(fsdp: Path) -> None:
+    """The file of a sharded model loads into a whole base, and there gives the gathered tensors, bit for bit."""
+    model = base()
+
+    load_adapter(model, fsdp / "fsdp.safetensors")
+
+    assert_close(model.state_dict(), load(fsdp, "fsdp")[0], 0)
+    assert read_adapter_info(fsdp / "fsdp.safetensors").strategy == {
+        "name": "lora",
+        "parameters": tuned_config(),
+    }
+
+
+def tuned_config() -> Any:
+    """The parameters of the strategy as one process writes them."""
+    return LoRAAllFineTuningStrategy(rank=2, train_bias=True, targets="type:Linear").to_config()["parameters"]
+
+
+def test_a_file_loads_into_a_sharded_model(fsdp: Path) -> None:
+    """What a sharded model loads is what was saved, bit for bit, on every process."""
+    for state, expected in zip(load(fsdp, "loaded"), load(fsdp, "fsdp"), strict=True):
+        assert_close(state, expected, 0)
+
+
+def test_full_state_dict_of_a_sharded_model(fsdp: Path) -> None:
+    """Within full_state_dict, a sharded model's state dict has every key of the base and of the adapter."""
+    with full_state_dict(model := tuned()):
+        expected = list(model.state_dict())
+
+    assert load(fsdp, "all-keys") == [expected] * WORLD
+
+
+def test_disable_of_a_sharded_model(fsdp: Path) -> None:
+    """Disabling gives the base's own values back, into their shards."""
+    for state in load(fsdp, "disabled"):
+        assert_close(state, base().state_dict(), 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("merge", (SiteError.__name__, "save_adapter it and merge on one process")),
+        ("enable after sharding", ("enable_fine_tuning on the whole model", "afterwards")),
+        ("load after sharding", ("afterwards",)),
+        ("train all after sharding", ("enable_fine_tuning on the whole model", "afterwards")),
+        ("the base of a sharded model", (StateError.__name__, "on a copy")),
+        ("sharding inside plain_layers", (StateError.__name__, "after the context")),
+    ],
+)
+def test_what_cannot_be_done_says_what_can(call: str, words: tuple[str, ...], fsdp: Path) -> None:
+    """What a sharded model cannot do is refused on every process, with the way that works."""
+    for refusals in load(fsdp, "refusals"):
+        assert all(word in refusals[call] for word in words), refusals[call]
+
+
+def test_every_process_fails_where_one_does(fsdp: Path) -> None:
+    """When the writing process cannot write, the others raise too instead of going on as if the file were there."""
+    first, second = (refusals["an unwritable path"] for refusals in load(fsdp, "refusals"))
+
+    assert "AdapterWriteError" in first or "AdapterFileError" in first
+    assert "another process could not save the adapter" in second
+
+
+@pytest.mark.parametrize("name", ["lora", "scaled"])
+def test_tensor_parallelism_trains_as_one_process(name: str, tp: Path) -> None:
+    """Two steps on a model whose layers are split over processes are two steps of one process."""
+    expected = trained(None if name == "lora" else SCALED).state_dict()
+
+    for state in load(tp, name):
+        assert_close(state, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["lora", "scaled"])
+def test_files_of_tensor_parallel_models(name: str, tp: Path) -> None:
+    """A file saved under tensor parallelism loads there again and into a whole base, bit for bit."""
+    model = tuned(None if name == "lora" else SCALED)
+
+    load_adapter(model, tp / f"{name}.safetensors")
+
+    for loaded, state in zip(load(tp, f"{name}-loaded"), load(tp, name), strict=True):
+        assert_close(loaded, state, 0)
+        assert_close(model.state_dict(), state, 0)
+
+
+def test_distributed_checkpoints_reshard(tmp_path: Path) -> None:
+    """A distributed checkpoint of the trained part, saved by two processes, loads on one and then on two again, bit for bit."""
+    for step, world in enumerate((2, 1, 2)):
+        (tmp_path / "rendezvous").unlink(missing_ok=True)
+        run_ranks(__file__, tmp_path, "checkpoint", str(step), world=world)
+
+    first, *others = (torch.load(tmp_path / f"whole-{step}.pt", weights_only=True) for step in range(3))
+
+    assert not torch.equal(first["1.lora_B"], torch.zeros_like(first["1.lora_B"]))
+    for state in others:
+        assert_close(state, first, 0)
+
+
+def test_a_process_that_dies_while_saving(tmp_path: Path) -> None:
+    """When a process dies, the others raise, and the file is the complete one from before; nothing else lies beside it."""
+    dead, alive = signal.SIGKILL, 1
+    results = finish_ranks(start_ranks(__file__, tmp_path, "die_while_saving"))
+    model = base()
+
+    load_adapter(model, tmp_path / "adapter.safetensors")
+
+    assert [code for code, _ in results] == [alive, -dead], results
+    assert_close(model.state_dict(), tuned().state_dict(), 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "rendezvous"]
+
+
+if __name__ == "__main__":
+    place, rank, world, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    with process_group(place, rank, world):
+        {work.__name__: work for work in (train_sharded, train_parallel, checkpoint, die_while_saving)}[job](place, rank, world)
