@@ -499,12 +499,6 @@ def _enable(layer: nn.Module, **params: Any) -> None:
     enable_fine_tuning(nn.Sequential(layer), LoRAAllFineTuningStrategy(**params))
 
 
-def test_a_complex_weight_is_refused() -> None:
-    """A complex weight is refused at its site."""
-    with pytest.raises(SiteError, match=r"'0' \(Linear\): its 'weight' is complex"):
-        _enable(nn.Linear(4, 3, dtype=torch.complex64))
-
-
 @pytest.mark.parametrize("layer", [OwnForward(4, 3), OwnConvForward(4, 3, 2)], ids=lambda layer: type(layer).__name__)
 def test_dropout_into_an_own_forward_is_refused(layer: nn.Module) -> None:
     """Dropout that could not be applied is refused, not forgotten; without dropout the layer is adapted."""

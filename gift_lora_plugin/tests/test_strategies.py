@@ -41,7 +41,7 @@ class OwnConv(nn.Conv2d):
 
 
 class Zoo(nn.Module):
-    """Every place that a layer may have, and layers that LoRA leaves alone."""
+    """Every place that a layer may have, layers that LoRA takes when they are named, and one that it leaves alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,15 +52,16 @@ class Zoo(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2)
         self.subclass = OwnLinear(4, 4)
         self.others = nn.ModuleList([nn.ConvTranspose2d(4, 4, 2), nn.Embedding(4, 4), nn.BatchNorm2d(4), nn.Bilinear(2, 2, 2)])
+        self.memory = nn.LSTM(4, 4)
         self.register_module("absent", None)
 
 
 LINEAR = ["direct", "list.1", "dict.a", "attention.out_proj", "subclass"]
 CONVOLUTIONS = ["sequence.0", "sequence.2.0", "list.0", "dict.b"]
 TAKEN = {
-    "lora": sorted(LINEAR + CONVOLUTIONS),
+    "lora": sorted([*LINEAR, *CONVOLUTIONS, "attention", "others.0", "others.3"]),
     "lora-linear": sorted([*LINEAR, "dict.b.inner"]),
-    "lora-conv": sorted(CONVOLUTIONS),
+    "lora-conv": sorted([*CONVOLUTIONS, "others.0"]),
 }
 
 
@@ -74,6 +75,11 @@ def zoo() -> nn.Module:
 def adopted(model: nn.Module) -> list[str]:
     """Names of the adopted modules, sorted."""
     return sorted(name for name, module in model.named_modules() if is_adopted(module))
+
+
+def weights(path: str) -> list[str]:
+    """What stands before the names of a layer's adapters: nothing where its weight is called ``weight``."""
+    return {"attention": ["in_proj_weight_"], "memory": ["weight_ih_l0_", "weight_hh_l0_"]}.get(path, [""])
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -98,7 +104,8 @@ def test_layers_are_matched_by_type_in_every_place(name: str, zoo: nn.Module) ->
     enable_fine_tuning(zoo, STRATEGIES[name](rank=1))
 
     assert adopted(zoo) == TAKEN[name]
-    assert trainable(zoo) == {f"{path}.{part}" for path in TAKEN[name] for part in ("lora_A", "lora_B")}
+    prefixes = [f"{path}.in_proj_weight_" if path == "attention" else f"{path}." for path in TAKEN[name]]
+    assert trainable(zoo) == {f"{prefix}{part}" for prefix in prefixes for part in ("lora_A", "lora_B")}
 
 
 @pytest.mark.parametrize(
@@ -198,13 +205,13 @@ def test_trained_biases_are_saved_and_given_back(tmp_path: Any) -> None:
     [
         ("direct", None, ["direct"]),
         (["direct", "list"], None, ["direct", "list.0", "list.1"]),
-        ("*.0", None, ["list.0", "sequence.0", "sequence.2.0"]),
+        ("*.0", None, ["list.0", "others.0", "sequence.0", "sequence.2.0"]),
         ("type:Conv2d", None, ["dict.b", "sequence.2.0"]),
         ("type:OwnLinear", None, ["subclass"]),
         (r"re:(sequence|dict)\..*", "sequence.2", ["dict.a", "dict.b", "sequence.0"]),
-        ("layer:1", None, ["list.1"]),
+        ("layer:1", None, ["list.1", "others.1"]),
         # what is left out by type is walked into, and its child is a layer of its own
-        (None, ["attention", "type:_ConvNd", "list"], ["dict.a", "dict.b.inner", "direct", "subclass"]),
+        (None, ["attention", "type:_ConvNd", "list", "others", "memory"], ["dict.a", "dict.b.inner", "direct", "others.3", "subclass"]),
         ("dict", "type:Conv2d", ["dict.a", "dict.b.inner"]),
         ("dict", "dict.b", ["dict.a"]),
     ],
@@ -220,7 +227,7 @@ def test_targets_and_exclude_choose(targets: Any, exclude: Any, expected: list[s
     ("params", "says"),
     [
         ({"targets": ["direct", "dirct2"]}, "dirct2"),
-        ({"targets": "others.0"}, "others.0"),
+        ({"targets": "others.2"}, "others.2"),
         ({"exclude": "nowhere"}, "nowhere"),
         ({"targets": "direct", "exclude": "direct"}, "direct"),
     ],
@@ -284,7 +291,7 @@ def test_a_rank_above_what_a_layer_can_use_is_told() -> None:
 
 def test_dropout_where_attention_reads_the_weight_is_told() -> None:
     """Dropout that has no effect on a layer is a warning that names it."""
-    with pytest.warns(GiftWarning, match=r"no effect where attention reads the weight itself: self_attn\.out_proj"):
+    with pytest.warns(GiftWarning, match=r"reads the weight itself: self_attn\.in_proj_weight, self_attn\.out_proj"):
         enable_fine_tuning(nn.TransformerEncoderLayer(8, 2, 16), LoRAAllFineTuningStrategy(rank=1, lora_dropout=0.1))
 
 

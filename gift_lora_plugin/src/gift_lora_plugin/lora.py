@@ -1,4 +1,4 @@
-"""LoRA as a reparameterization, with a forward of its own where that beats building the weight."""
+"""LoRA and its variants as one reparameterization, with forwards of their own where that beats building the weight."""
 
 from __future__ import annotations
 
@@ -9,75 +9,326 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gift_core import Reparameterization
+from gift_core import Reparameterization, adopted_weight
 from gift_core.errors import SiteError
-from gift_lora_plugin.lowrank import add_low_rank, low_rank_update, matrix_shape
+from gift_lora_plugin.convolution import low_rank_conv
+from gift_lora_plugin.initialization import FROM_WEIGHT, check_initialization, factors_of, kaiming_uniform, orthogonal
+from gift_lora_plugin.layouts import Layout, is_transformers_conv1d, layout_of
+from gift_lora_plugin.linear import low_rank_linear
+from gift_lora_plugin.lowrank import own_precision
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_ATTENTION = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 class LoRA(Reparameterization):
     r"""A frozen weight plus a trainable low-rank update.
 
-    The effective weight is :math:`W + \frac{\alpha}{r} B A`, with the product's numbers read in the memory order of ``W``. ``B``
-    starts at zero, so a fresh adapter changes nothing.
+    The effective weight is :math:`V = W + s B A`, with the product put into the shape of ``W`` by the layer's `Layout`, and one product
+    per block where the weight is a stack of matrices. With ``dora`` it is :math:`m\, V / \lVert V \rVert`, one magnitude per output.
+    Every variant starts as the layer was, bit for bit.
 
     Args of `init_parameters`:
         rank: :math:`r`, at least 1.
-        alpha: numerator of the scaling; ``None`` means ``rank``, so that the scaling is 1.
-        dropout: probability with which a number of the update's input is dropped in training.
-        conv_layout: how a convolution's weight is laid out as a matrix, see `matrix_shape`.
+        alpha: numerator of the scaling; ``None`` means ``rank``.
+        dropout: probability with which a number of the update's input is dropped in training; of an embedding, whose input is one
+            number per token, the whole update of a token.
+        conv_layout, attention, parameter_layout: how the weight is read, see `layout_of`.
+        rslora: scale by :math:`\alpha / \sqrt{r}` (rsLoRA) instead of :math:`\alpha / r`, so that the update's size does not depend on
+            the rank.
+        dora: learn the magnitude of each output apart from its direction (DoRA). The norm is a constant in the backward pass, as in
+            section 4.3 of the paper. An output whose weights are all zero keeps them until the update moves them.
+        init: where the factors start, one of `INITIALIZATIONS`. ``pissa`` and ``olora`` start from the weight's own content; the base
+            is left as it is, and the update is counted from the start: :math:`s (B A - B_0 A_0)`.
+        freeze_A: train ``B`` alone (LoRA-FA); ``A`` becomes a buffer, which is saved with the adapter.
+        dtype: ``"float32"`` keeps the adapter, and forms the effective weight, in no less than single precision; ``None`` takes the
+            weight's dtype.
 
     Attributes:
-        lora_B: ``(rows, rank)``, zeros; ``(out, rank)`` for a Linear layer. Dtype and device of the weight.
-        lora_A: ``(rank, columns)``, Kaiming uniform with ``a = sqrt(5)``; ``(rank, in)`` for a Linear layer.
-        lora_scaling: alpha / rank.
+        lora_B: ``(rows, rank)``, or ``(blocks, rows, rank)``; zeros by default. ``(out, rank)`` for a Linear layer.
+        lora_A: ``(rank, columns)``, or ``(blocks, rank, columns)``; Kaiming uniform with ``a = sqrt(5)`` by default.
+        lora_magnitude: ``(outputs,)``, real, the norms of the weight; with ``dora`` alone.
+        lora_B_init, lora_A_init: the factors at the start, persistent buffers; with ``pissa`` and ``olora`` alone.
+        lora_scaling: :math:`s`.
         lora_dropout: the dropout probability.
+        lora_layout: how the weight is read.
+        lora_init, lora_dora: the variant.
 
-    Source: Hu et al. 2022, arXiv:2106.09685, section 4.1.
+    Source: Hu et al. 2022, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2; DoRA: Liu et al.
+    2024, arXiv:2402.09353, equations 5 and 11; PiSSA: arXiv:2404.02948; OLoRA: arXiv:2406.01775; LoRA-FA: Zhang et al. 2023,
+    arXiv:2308.03303, section 3.
     """
 
     lora_B: nn.Parameter
-    lora_A: nn.Parameter
+    lora_A: Tensor
+    lora_magnitude: nn.Parameter
+    lora_B_init: Tensor
+    lora_A_init: Tensor
     lora_scaling: float
     lora_dropout: float
+    lora_layout: Layout
+    lora_init: str
+    lora_dora: bool
 
     @classmethod
     def specialize(cls, module: nn.Module) -> type[Reparameterization]:
-        # a subclass with a forward of its own must keep it: it reads the effective weight
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            return LinearLoRA
-        plain: Any = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
-        if plain and type(module).forward is plain.forward and getattr(type(module), "_conv_forward", None) is plain._conv_forward:
-            return ConvLoRA
-        return cls
+        # a subclass with a forward of its own must keep it: it reads the effective weight; and so must a layer with several weights
+        forward = type(module).forward
+        if sum(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values()) != 1:
+            return cls
+        if isinstance(module, nn.Linear):
+            return LinearLoRA if forward is nn.Linear.forward else cls
+        if isinstance(module, nn.Embedding):
+            return EmbeddingLoRA if forward is nn.Embedding.forward else cls
+        convolution: Any = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
+        if convolution:
+            inner = getattr(type(module), "_conv_forward", None)
+            return ConvLoRA if forward is convolution.forward and inner is convolution._conv_forward else cls
+        plain = is_transformers_conv1d(module) and forward.__module__ == "transformers.pytorch_utils"
+        return TransposedLinearLoRA if plain else cls
 
     @classmethod
     def examine(cls, module: nn.Module, name: str, weight: Tensor, **params: Any) -> str | None:
-        if weight.is_complex():
-            raise SiteError(f"its {name!r} is complex, and LoRA is implemented for real weights: exclude it.")
-        if weight.dim() < 2 or not weight.numel():
-            raise SiteError(f"its {name!r} has shape {tuple(weight.shape)}, and a low-rank update needs a matrix: exclude it.")
-        if params.get("dropout") and cls is LoRA:
-            raise SiteError("it has a forward of its own, into which no dropout can be put: set lora_dropout=0, or exclude it.")
-        if params.get("dropout") and isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        layout = layout_of(module, name, weight.shape, **_layout_keywords(params))
+        rank, scaling = params["rank"], scaling_of(params["rank"], params.get("alpha"), params.get("rslora", False))
+        check_initialization(params.get("init", "kaiming"), rank, layout.rows, layout.columns, scaling)
+        reads_weight = cls is LoRA or (cls is EmbeddingLoRA and not _reads_rows(module))
+        if reads_weight and isinstance(module, _EMBEDDINGS) and module.sparse:
+            raise SiteError("its sparse gradients cannot pass through an effective weight: set its sparse=False, or exclude it.")
+        if params.get("dropout") and isinstance(module, _ATTENTION):
             return "lora_dropout has no effect where attention reads the weight itself"
-        if params["rank"] > min(matrix_shape(weight.shape, params.get("conv_layout", "balanced"))):
-            return f"rank {params['rank']} is more than these layers can use; it works, and wastes numbers"
+        if params.get("dropout") and reads_weight:
+            raise SiteError("its forward reads the weight, and no dropout can be put into it: set lora_dropout=0, or exclude it.")
+        if rank > layout.max_rank:
+            return f"rank {rank} is more than these layers can use; it works, and wastes numbers"
         return None
 
     def init_parameters(
-        self, weight: Tensor, *, rank: int, alpha: float | None = None, dropout: float = 0.0, conv_layout: str = "balanced"
+        self,
+        weight: Tensor,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
+        init: str = "kaiming",
+        freeze_A: bool = False,
+        dtype: str | None = None,
+        **layout: Any,
     ) -> None:
-        rows, columns = matrix_shape(weight.shape, conv_layout)
-        self.lora_B = nn.Parameter(weight.new_zeros(rows, rank))
-        self.lora_A = nn.Parameter(weight.new_empty(rank, columns))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.lora_scaling = (rank if alpha is None else alpha) / rank
+        module, name = adopted_weight(self)
+        self.lora_layout = layout_of(module, name, weight.shape, **layout)
+        self.lora_scaling = scaling_of(rank, alpha, rslora)
         self.lora_dropout = dropout
+        self.lora_init = init
+        self.lora_dora = dora
+        lora_B, lora_A = self._start(weight, rank, weight.dtype if dtype is None else _at_least(dtype, weight.dtype))
+        if init in FROM_WEIGHT:
+            if isinstance(module, _EMBEDDINGS) and module.padding_idx is not None:
+                lora_B[module.padding_idx] = 0  # torch promises that this row stays as it is
+            self.register_buffer("lora_B_init", lora_B.clone())
+            self.register_buffer("lora_A_init", lora_A.clone())
+        self.lora_B = nn.Parameter(lora_B)
+        if freeze_A:
+            # no parameter, so that what passes over frozen parameters (distributed checkpoints) cannot lose it
+            self.register_buffer("lora_A", lora_A)
+        else:
+            self.lora_A = nn.Parameter(lora_A)
+        if dora:
+            # the very computation of the forward pass, so that the quotient of the two is exactly 1
+            self.lora_magnitude = nn.Parameter(self.lora_layout.output_norms(self._constant_direction(weight)))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        r"""B and A whose product is the update, apart from the scaling, whatever they started from.
+
+        For a start from the weight these are :math:`[B - B_0, B_0]` and :math:`[A; A - A_0]`, of twice the rank, whose product is
+        :math:`B A - B_0 A_0`, exactly zero at the start.
+        """
+        lora_B, lora_A = self.lora_B, self.lora_A
+        if self.lora_init not in FROM_WEIGHT:
+            return lora_B, lora_A
+        lora_B_init, lora_A_init = self.lora_B_init, self.lora_A_init
+        return torch.cat([lora_B - lora_B_init, lora_B_init], -1), torch.cat([lora_A, lora_A - lora_A_init], -2)
 
     def reparameterize(self, weight: Tensor) -> Tensor:
-        return add_low_rank(weight, self.lora_B, self.lora_A, self.lora_scaling)
+        direction = self._direction(weight, *self.factors())
+        if not self.lora_dora:
+            return direction
+        return direction * self.lora_layout.along_outputs(self._gain_of(direction.detach()))
+
+    def _start(self, weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        layout = self.lora_layout
+        if self.lora_init in FROM_WEIGHT:
+            check_initialization(self.lora_init, rank, layout.rows, layout.columns, self.lora_scaling)
+            lora_B, lora_A = factors_of(self.lora_init, layout.matrices_of(weight), rank, self.lora_scaling)
+            return lora_B.to(dtype).contiguous(), lora_A.to(dtype).contiguous()
+        lora_A = weight.new_empty(layout.shape_of_A(rank), dtype=dtype)
+        fill = orthogonal if self.lora_init == "orthogonal" else kaiming_uniform
+        return weight.new_zeros(layout.shape_of_B(rank), dtype=dtype), fill(lora_A)
+
+    def _direction(self, weight: Tensor, lora_B: Tensor, lora_A: Tensor) -> Tensor:
+        """``W + s B A``, in the adapter's dtype."""
+        layout = self.lora_layout
+        add = torch.addmm if layout.blocks is None else torch.baddbmm
+        matrices = layout.matrices_of(weight.to(lora_B.dtype))
+        return layout.weight_with(weight, add(matrices, lora_B, lora_A, alpha=self.lora_scaling))
+
+    def _constant_direction(self, weight: Tensor) -> Tensor:
+        lora_B, lora_A = self.factors()
+        with own_precision(weight.device.type):
+            return self._direction(weight, lora_B.detach(), lora_A.detach())
+
+    def _gain_of(self, direction: Tensor) -> Tensor:
+        r""":math:`m / \lVert V \rVert`, ``(outputs,)``, and 1 for an output without a direction."""
+        norms = self.lora_layout.output_norms(direction)
+        zero = norms == 0
+        return torch.where(zero, torch.ones_like(norms), self.lora_magnitude / norms.masked_fill(zero, 1))
+
+
+class _LinearMap(LoRA):
+    """What layers share whose output is linear in the weight, with each output of the weight a channel of the output."""
+
+    bias: Tensor | None
+    _holds_transposed = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map as the layer does, without building a weight that autograd keeps."""
+        _refuse_tracing(input)
+        if self.lora_layout.blocks is not None or self.lora_layout.transposed is not self._holds_transposed:
+            return super().forward(input)  # type: ignore[no-any-return]
+        dropout = self.lora_dropout if self.training else 0.0
+        if not self.lora_dora:
+            return self._tuned(input, self.bias, dropout)
+        weight: Any = self._parameters["weight"]
+        gain = self._gain_of(self._constant_direction(weight))
+        if dropout:
+            dropped = F.dropout(input, dropout)
+            update = self._spread(gain) * self._tuned(dropped, None, 0.0) - self._frozen(dropped, None)
+            base = self._frozen(input, self.bias)
+            return (base + update).to(base.dtype)
+        tuned = self._tuned(input, self.bias, 0.0)
+        # the bias has no magnitude; written so that a gain of 1 changes no bit
+        rest = None if self.bias is None else self._spread((1 - gain) * self.bias)
+        rescaled = tuned * self._spread(gain) if rest is None else torch.addcmul(rest, tuned, self._spread(gain))
+        return rescaled.to(tuned.dtype)
+
+    def _spread(self, outputs: Tensor) -> Tensor:
+        """One number for each output, shaped to multiply what the layer gives."""
+        return outputs
+
+    def _tuned(self, input: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        """The map by ``W + s B A``."""
+        raise NotImplementedError
+
+    def _frozen(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """The map by ``W``."""
+        raise NotImplementedError
+
+
+class LinearLoRA(_LinearMap):
+    """LoRA on `torch.nn.Linear`: two thin products on the input instead of a weight of full size."""
+
+    def _tuned(self, input: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        lora_B, lora_A = self.factors()
+        return low_rank_linear(input, self._matrix(), bias, lora_A, lora_B, self.lora_scaling, dropout)
+
+    def _frozen(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, self._matrix(), bias)
+
+    def _matrix(self) -> Tensor:
+        weight: Any = self._parameters["weight"]
+        return weight  # type: ignore[no-any-return]
+
+
+class TransposedLinearLoRA(LinearLoRA):
+    """LoRA on transformers' Conv1D, a linear layer whose weight is ``(in, out)``."""
+
+    _holds_transposed = True
+
+    def _matrix(self) -> Tensor:
+        return super()._matrix().t()
+
+
+class ConvLoRA(_LinearMap):
+    """LoRA on a convolution, by the effective weight or by thin convolutions, whichever `low_rank_conv` finds cheaper."""
+
+    def _tuned(self, input: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        lora_B, lora_A = self.factors()
+        weight: Any = self._parameters["weight"]
+        return low_rank_conv(
+            input,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            self.lora_scaling,
+            dropout,
+            stride=self.stride,  # type: ignore[arg-type]
+            padding=self.padding,  # type: ignore[arg-type]
+            dilation=self.dilation,  # type: ignore[arg-type]
+            groups=self.groups,  # type: ignore[arg-type]
+            padding_mode=self.padding_mode,  # type: ignore[arg-type]
+        )
+
+    def _frozen(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(input, self._parameters["weight"], bias)  # type: ignore[operator, no-any-return]
+
+    def _spread(self, outputs: Tensor) -> Tensor:
+        return outputs.view(-1, *[1] * len(self.kernel_size))  # type: ignore[arg-type]
+
+
+class EmbeddingLoRA(LoRA):
+    """LoRA on `torch.nn.Embedding`: the rows that the tokens choose, instead of a table of full size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map tokens of any shape to ``(..., dim)``."""
+        _refuse_tracing(input)
+        if self.lora_layout.transposed or not _reads_rows(self):
+            return super().forward(input)  # type: ignore[no-any-return]
+        weight: Any = self._parameters["weight"]
+        base = F.embedding(input, weight)
+        tuned = self._rows(input, base) if not self.lora_dora else self._rescaled(input, base)
+        if self.lora_dropout and self.training:
+            keep = F.dropout(base.new_ones(*input.shape, 1), self.lora_dropout)
+            tuned = base + keep * (tuned - base)
+        return tuned.to(base.dtype)
+
+    def _rows(self, input: Tensor, base: Tensor) -> Tensor:
+        lora_B, lora_A = self.factors()
+        # never sparse, because A's gradient is dense and few optimizers take both
+        update = F.embedding(input, lora_B, self.padding_idx) @ lora_A  # type: ignore[arg-type]
+        return torch.add(base, update, alpha=self.lora_scaling)
+
+    def _rescaled(self, input: Tensor, base: Tensor) -> Tensor:
+        weight: Any = self._parameters["weight"]
+        tuned = self._rows(input, base) * self._gain_of(self._constant_direction(weight))
+        if self.padding_idx is None:
+            return tuned
+        # what stands at padding gives no gradient, to the magnitude neither
+        return torch.where(input.eq(self.padding_idx).unsqueeze(-1), tuned.detach(), tuned)  # type: ignore[arg-type]
+
+
+def scaling_of(rank: int, alpha: float | None, rslora: bool = False) -> float:
+    r"""The scaling :math:`\alpha / r`, or :math:`\alpha / \sqrt{r}` for rsLoRA; an ``alpha`` of None is the rank.
+
+    Source: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
+    """
+    return (rank if alpha is None else alpha) / (math.sqrt(rank) if rslora else rank)
+
+
+def _layout_keywords(params: dict[str, Any]) -> dict[str, Any]:
+    return {key: params[key] for key in ("conv_layout", "attention", "parameter_layout") if key in params}
+
+
+def _at_least(dtype: str, weight_dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(getattr(torch, dtype), weight_dtype)
+
+
+def _reads_rows(module: Any) -> bool:
+    """Whether an embedding's rows may be looked up one by one; both settings look at the table or the batch as a whole."""
+    return module.max_norm is None and not module.scale_grad_by_freq
 
 
 def _refuse_tracing(input: object) -> None:
@@ -86,31 +337,3 @@ def _refuse_tracing(input: object) -> None:
             "torch.fx traces into an adapted layer, where it would take the weight for a constant: make the layer a leaf of the "
             "tracer, as layers of torch.nn inside a model are, or merge_and_unload(model) first."
         )
-
-
-class LinearLoRA(LoRA):
-    """LoRA on `torch.nn.Linear`: two thin products on the input instead of a weight of full size."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``(..., in)`` to ``(..., out)``."""
-        _refuse_tracing(input)
-        frozen = self._parameters["weight"]
-        assert frozen is not None  # it is adapted
-        thin = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
-        update = F.linear(F.linear(thin, self.lora_A), self.lora_B)
-        return torch.add(F.linear(input, frozen, self.bias), update, alpha=self.lora_scaling)  # type: ignore[arg-type]
-
-
-class ConvLoRA(LoRA):
-    """LoRA on a convolution: the effective weight, and a second convolution where dropout makes the update's input its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``(batch, in, *space)`` to ``(batch, out, *space)``."""
-        _refuse_tracing(input)
-        if not (self.training and self.lora_dropout):
-            return super().forward(input)  # type: ignore[no-any-return]
-        frozen = self._parameters["weight"]
-        assert frozen is not None  # it is adapted
-        update = low_rank_update(self.lora_B, self.lora_A, frozen.shape, self.lora_scaling)
-        dropped = F.dropout(input, self.lora_dropout)
-        return self._conv_forward(input, frozen, self.bias) + self._conv_forward(dropped, update, None)  # type: ignore[operator, no-any-return]

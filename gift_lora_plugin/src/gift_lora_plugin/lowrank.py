@@ -5,8 +5,10 @@ Nothing here knows modules, caps or plugins. Weights keep torch's layout, ``(out
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +46,12 @@ def low_rank_update(lora_B: Tensor, lora_A: Tensor, shape: Sequence[int], scalin
 
 
 def add_low_rank(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
-    """The effective weight ``W + scaling * B A``, in one product that adds as it goes."""
+    """The effective weight ``W + scaling * B A``, in one product that adds as it goes, in the dtype of the factors."""
     rows, columns = lora_B.shape[0], lora_A.shape[1]
-    return torch.addmm(weight.reshape(rows, columns), lora_B, lora_A, alpha=scaling).view(weight.shape)
+    matrix = weight.reshape(rows, columns).to(lora_B.dtype)
+    return torch.addmm(matrix, lora_B, lora_A, alpha=scaling).view(weight.shape)
+
+
+def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast, in which a weight is built, so that merged and unmerged weights agree."""
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

@@ -1,0 +1,60 @@
+"""When a backward pass written by hand may stand in for autograd's own.
+
+The fast paths of `low_rank_linear` and `low_rank_conv` are for plain training and inference. Whatever transforms, traces or
+differentiates the computation in another way gets the reference formula, which torch understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# private to torch, so that a version without it must not break us: it then always gets the reference formula
+_under_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def may_fuse(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether plain eager torch runs, on plain real tensors, with everything frozen but the input and the factors.
+
+    It does not under `torch.compile` and `torch.export` (the compiler fuses better than we do), `torch.jit.trace`, `torch.func`
+    transforms, and forward-mode differentiation, on a device without kernels, and on tensor subclasses such as a DTensor.
+    """
+    if torch.compiler.is_compiling() or _under_functorch() or torch.jit.is_tracing() or getattr(forward_ad, "_current_level", -1) >= 0:
+        return False
+    tensors = (input, weight, lora_A, lora_B)
+    if not all(type(tensor) in _PLAIN for tensor in tensors) or not input.is_floating_point() or not weight.is_floating_point():
+        return False
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad) or input.is_meta)
+
+
+def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype in which autocast would multiply them, or as they are outside autocast."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor is None or tensor.dtype is torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def draw_mask(input: Tensor, dropout: float) -> Tensor | None:
+    """Which numbers of the input dropout keeps, one byte each, drawn as `torch.nn.functional.dropout` draws them; None for all."""
+    return torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+
+
+def kept(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """The tensor with zeros where the mask has them."""
+    return tensor if mask is None else tensor * mask
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0, mask: Tensor | None = None) -> None:
+    """Add ``scaling * left @ right`` to ``out`` in place, where the mask keeps it; without a temporary of its size where that can be."""
+    if mask is None and out.dtype == left.dtype:
+        out.addmm_(left, right, alpha=scaling)
+    else:
+        out.add_(kept(left @ right, mask), alpha=scaling)

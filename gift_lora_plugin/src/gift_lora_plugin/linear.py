@@ -1,0 +1,137 @@
+"""The low-rank update of a linear map, as a function of tensors.
+
+Nothing here knows modules, caps or plugins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse
+
+#: Below these sizes a layer costs what its calls cost, not its arithmetic: numbers in the weight, and those times the tokens.
+_TINY_WEIGHT, _TINY_PRODUCT = 2**14, 2**20
+
+
+def low_rank_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    r"""The linear map of the effective weight, :math:`x (W + s B A)^T + b`.
+
+    Args:
+        input: ``(..., in)``.
+        weight: ``(out, in)``.
+        bias: ``(out,)``, or None.
+        lora_A: ``(rank, in)``; its dtype may differ from the weight's, and the update is formed in it.
+        lora_B: ``(out, rank)``, in the dtype of ``lora_A``.
+        scaling: :math:`s`, alpha / rank.
+        dropout: probability with which a number of the update's input is dropped; 0 outside training.
+
+    Returns:
+        ``(..., out)``, in the dtype that the frozen layer gives.
+
+    Source: Hu et al. 2022, arXiv:2106.09685, equation 3.
+    """
+    return _path(input, weight, bias, lora_A, lora_B, dropout)(input, weight, bias, lora_A, lora_B, scaling, dropout)
+
+
+def _path(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout: float) -> Any:
+    """Choose among the functions below, which give the same numbers.
+
+    The effective weight takes the fewest calls, and is best where calls are what costs. Elsewhere its gradient would cost as much
+    as the whole backward pass of the frozen layer, and one node for the layer beats autograd's many.
+    """
+    # with A frozen autograd keeps only the thin product, and both other paths would keep the input
+    if not lora_A.requires_grad and lora_B.requires_grad:
+        return _reference
+    if (
+        not dropout
+        and weight.is_contiguous()  # the effective weight is, and a transposed one runs other kernels
+        and weight.numel() <= _TINY_WEIGHT
+        and input.numel() * weight.shape[0] <= _TINY_PRODUCT
+        and lora_A.dtype == weight.dtype
+    ):
+        return _by_effective_weight
+    return _fused if may_fuse(input, weight, bias, lora_A, lora_B) else _reference
+
+
+def _reference(
+    input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    base = F.linear(input, weight, bias)
+    thin = F.dropout(input, dropout) if dropout else input
+    update = F.linear(F.linear(thin.to(lora_A.dtype), lora_A), lora_B)
+    return torch.add(base, update, alpha=scaling).to(base.dtype)
+
+
+def _by_effective_weight(
+    input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    return F.linear(input, torch.addmm(weight, lora_B, lora_A, alpha=scaling), bias)
+
+
+def _fused(
+    input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    mask = draw_mask(input, dropout)
+    tensors = as_autocast(input, weight, bias, lora_A, lora_B)
+    output: Tensor = _LowRankLinear.apply(*tensors, scaling / (1 - dropout), mask)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """One node for the layer, which keeps the input and the thin product ``A x^T``.
+
+    A thin product is several times faster with its few rows first than with its few columns last, hence the transposes, and what has
+    full size is added to in place. Where the backward pass is itself differentiated, the thin product is computed again, because a
+    kept one has no history.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        # of the input as it is, so that the kernel, and with it every bit, is the frozen layer's
+        output = F.linear(input, weight, bias)
+        rows = output.reshape(-1, weight.shape[0])
+        hidden = lora_A @ _thin_rows(input, mask, lora_A).t()
+        add_product(rows, hidden.t(), lora_B.t(), scaling)
+        ctx.save_for_backward(input, weight, lora_A, lora_B, mask, hidden)
+        ctx.scaling = scaling
+        return rows.view(output.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        input, weight, lora_A, lora_B, mask, hidden = ctx.saved_tensors
+        needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        grad = grad.reshape(-1, weight.shape[0])
+        grad_thin = grad.to(lora_B.dtype)
+        grad_hidden = (lora_B.t() @ grad_thin.t()).mul(ctx.scaling)
+        grad_input = grad_A = grad_B = None
+        if needs_input:
+            grad_input = grad @ weight
+            add_product(grad_input, grad_hidden.t(), lora_A, mask=None if mask is None else mask.reshape(grad_input.shape))
+            grad_input = grad_input.view(input.shape)
+        if needs_A:
+            grad_A = grad_hidden @ _thin_rows(input, mask, lora_A)
+        if needs_B:
+            if torch.is_grad_enabled():
+                hidden = lora_A @ _thin_rows(input, mask, lora_A).t()
+            grad_B = (hidden @ grad_thin).mul(ctx.scaling).t()
+        return grad_input, None, None, grad_A, grad_B, None, None
+
+
+def _thin_rows(input: Tensor, mask: Tensor | None, lora_A: Tensor) -> Tensor:
+    """What the update reads: the input as ``(tokens, in)``, without what dropout dropped, in the adapter's dtype."""
+    return kept(input, mask).reshape(-1, lora_A.shape[1]).to(lora_A.dtype)

@@ -1,0 +1,329 @@
+"""From the files of PEFT to a tuned model, or to an adapter file.
+
+The tensors say which layers are adapted and at which rank; nothing in the files is run, imported or compiled. Everything is checked
+before the model is touched, and every problem is reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift_core import (
+    FineTuningStrategy,
+    FullFineTuningStrategy,
+    Reparameterization,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    merge_strategies,
+    save_adapter,
+)
+from gift_core.errors import AdapterMismatchError, AdapterWriteError, StateError
+from gift_lora_plugin.peft_config import PeftConfig, alphas, config_from
+from gift_lora_plugin.peft_directory import PREFIX, TENSORS_FILE, Conversion, read_config_file, read_tensors_file
+from gift_lora_plugin.peft_layers import EMBEDDING_KEYS, MAGNITUDE_KEY, PLAIN_KEYS, Factors, from_peft, misfits, refusal
+from gift_lora_plugin.strategies import LoRAAllFineTuningStrategy
+
+#: The name that PEFT gives an adapter unless told otherwise; its saved keys leave it out, those of a whole state dict have it.
+_ADAPTER_NAME = "default"
+_SAVED_COPY = "modules_to_save"
+_FROZEN_COPY = "original_module"
+
+
+@dataclasses.dataclass
+class _Content:
+    """What the tensors of a file belong to.
+
+    Attributes:
+        sites: PEFT's tensors of each adapted layer, by its name.
+        trained: values of the base model's own parameters and buffers, by key.
+        base: values that the base model has to have, by key.
+        problems: keys that belong nowhere.
+    """
+
+    sites: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    trained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    base: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """What the layers have in common that one strategy adapts."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    wide: bool
+
+
+def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: Iterable[str] = ()) -> Conversion:
+    """Tune a plain model with the adapter in a folder of PEFT's files; PEFT itself is not needed.
+
+    Convolutions get the layout ``out_as_h``, which is PEFT's. Factors that the weight's dtype cannot hold are kept in float32, and the
+    model computes with them as ``adapter_dtype="float32"`` does.
+
+    Args:
+        model: the base model, not tuned.
+        directory: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        ignore: keys of the configuration that are to be passed over, though they may change what is computed.
+
+    Raises:
+        AdapterFileError: if a file is missing, damaged or malformed. `AdapterFormatError` if the adapter is of another kind than
+            LoRA, or asks for what LoRA here does not do; `AdapterMismatchError` if it does not fit the model. The model is as it was.
+        StateError: if the model is tuned already.
+    """
+    if any(isinstance(child, Reparameterization) for child in model.modules()):
+        raise StateError(f"this {type(model).__name__} is tuned already: call disable_fine_tuning(model) first.")
+    folder = Path(directory)
+    config = config_from(read_config_file(folder), ignore)
+    tensors = read_tensors_file(folder)
+    content = _sorted(_without_prefix(tensors), config, model)
+    modules = dict(model.named_modules())
+    if problems := [*content.problems, *_misfits(content, config, modules, model)]:
+        raise AdapterMismatchError(f"{folder} does not fit this model; nothing was loaded.\n  " + "\n  ".join(problems))
+    factors = {name: from_peft(modules[name], site) for name, site in content.sites.items()}
+    with _generators_kept():
+        enable_fine_tuning(model, _strategy(config, factors, content, modules))
+    try:
+        _write(model, factors, content)
+    except BaseException:
+        disable_fine_tuning(model)
+        raise
+    full = sorted({key.rpartition(".")[0] for key in content.trained if not _is_bias_of(key, content.sites)})
+    return Conversion(len(factors), tuple(full), config.bias, (folder / TENSORS_FILE).stat().st_size)
+
+
+def import_peft(
+    directory: str | os.PathLike[str],
+    adapter_file: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    ignore: Iterable[str] = (),
+    force: bool = False,
+) -> Conversion:
+    """Turn PEFT's files into an adapter file.
+
+    Args:
+        directory: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter_file: the file to write.
+        model: the plain base model with its weights, of which the file holds digests; it is left as it was.
+        ignore: see `load_peft`.
+        force: overwrite a file that is there.
+
+    Raises:
+        GiftError: as `load_peft` does; `AdapterWriteError` if the file cannot be written, or is there.
+    """
+    if os.path.lexists(adapter_file) and not force:
+        raise AdapterWriteError(f"{adapter_file} exists already: choose another name, or overwrite with force.")
+    done = load_peft(model, directory, ignore=ignore)
+    try:
+        return dataclasses.replace(done, file_bytes=save_adapter(model, adapter_file).file_bytes)
+    finally:
+        disable_fine_tuning(model)
+
+
+# --- which tensor belongs where
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # transformers and diffusers may write the keys without
+    if not all(key.startswith(PREFIX) for key in tensors):
+        return dict(tensors)
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _sorted(tensors: Mapping[str, Tensor], config: PeftConfig, model: nn.Module) -> _Content:
+    content = _Content()
+    own = model.state_dict()
+    for key, tensor in tensors.items():
+        if (found := _site_key(key)) is not None:
+            content.sites.setdefault(found[0], {})[found[1]] = tensor
+        elif not _sort_base_key(key, tensor, config, own.keys(), content):
+            content.problems.append(f"unexpected: {_named(key)}")
+    if not content.sites:
+        content.problems.append("it holds no factors of LoRA")
+    return content
+
+
+def _site_key(key: str) -> tuple[str, str] | None:
+    """The layer and PEFT's key below it, if a key is one of LoRA's."""
+    for suffix in (*PLAIN_KEYS, *EMBEDDING_KEYS, MAGNITUDE_KEY, f"{MAGNITUDE_KEY}.weight"):
+        named = f"{suffix.removesuffix('.weight')}.{_ADAPTER_NAME}{'.weight' if suffix.endswith('.weight') else ''}"
+        for end in (suffix, named):
+            if key.endswith(f".{end}"):
+                return key.removesuffix(f".{end}"), suffix if suffix in PLAIN_KEYS else suffix.removesuffix(".weight")
+    return None
+
+
+def _sort_base_key(key: str, tensor: Tensor, config: PeftConfig, own: Iterable[str], content: _Content) -> bool:
+    """Put aside a tensor of the base model's own; False if the configuration does not speak of it."""
+    name = key
+    for copy in (f".{_SAVED_COPY}.{_ADAPTER_NAME}.", f".{_SAVED_COPY}."):
+        name = name.replace(copy, ".", 1)
+    if f".{_FROZEN_COPY}." in key:
+        content.base[name.replace(f".{_FROZEN_COPY}.", ".", 1)] = tensor  # what the trained copy started from
+        return True
+    owner, _, last = name.rpartition(".")
+    if owner.endswith(".base_layer"):
+        plain = f"{owner.removesuffix('.base_layer')}.{last}"
+        if last == "bias" and config.bias != "none":
+            content.trained[plain] = tensor
+        else:
+            content.base[plain] = tensor  # the frozen weight, written along where a vocabulary may have grown
+        return plain in own
+    is_saved = any(_lies_in(owner, module) for module in config.modules_to_save)
+    if is_saved or (last == "bias" and config.bias == "all"):
+        content.trained[name] = tensor
+    else:
+        content.base[name] = tensor
+    return name in own
+
+
+def _lies_in(owner: str, ending: str) -> bool:
+    """Whether a module, or one that holds it, has a name that ends so."""
+    ends = [len(owner), *(at for at, character in enumerate(owner) if character == ".")]
+    return any(owner[:end].endswith(ending) for end in ends)
+
+
+def _named(name: str) -> str:
+    """A name from a file as text that cannot move the cursor."""
+    return name if name.isprintable() else repr(name)
+
+
+def _is_bias_of(key: str, sites: Mapping[str, Any]) -> bool:
+    owner, _, last = key.rpartition(".")
+    return last == "bias" and owner in sites
+
+
+# --- does it fit
+
+
+def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> Iterator[str]:
+    for name, tensors in content.sites.items():
+        if name not in modules:
+            yield f"{_named(name)}: the model has no such layer"
+        elif (reason := refusal(modules[name])) is not None:
+            yield f"{name}: {reason}"
+        else:
+            wrong = misfits(modules[name], tensors, config.dora) or _wrong_numbers(tensors)
+            yield from (f"{name}: {problem}" for problem in wrong)
+            yield from () if wrong else _too_wide(name, tensors, modules[name])
+    own = model.state_dict()
+    for key, tensor in {**content.trained, **content.base}.items():
+        if key in own and tensor.shape != own[key].shape:
+            yield f"{key} is {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the model"
+    yield from _wrong_numbers(content.trained)
+    for key, tensor in content.base.items():
+        if key in own and tensor.shape == own[key].shape and not torch.equal(tensor.to(own[key].dtype), own[key].cpu()):
+            yield f"{key} is frozen, and the file holds other values: load these into the base model first"
+
+
+def _wrong_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = [f"{_named(key)} is of {tensor.dtype}" for key, tensor in tensors.items() if tensor.is_complex()]
+    return problems + [f"{_named(key)} holds NaN or infinity" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
+def _too_wide(name: str, tensors: Mapping[str, Tensor], module: nn.Module) -> Iterator[str]:
+    limit = torch.promote_types(_weight(module).dtype, torch.float32)
+    for key, tensor in tensors.items():
+        if torch.promote_types(tensor.dtype, limit) != limit:
+            yield f"{name}: {key} is of {tensor.dtype}, and would lose digits: call model.to({tensor.dtype}) first"
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None  # `refusal` lets no layer without one pass
+    return weight
+
+
+# --- tuning
+
+
+def _strategy(
+    config: PeftConfig, factors: Mapping[str, Factors], content: _Content, modules: Mapping[str, nn.Module]
+) -> FineTuningStrategy:
+    alpha = alphas(config, list(factors))
+    groups: dict[_Group, list[str]] = {}
+    for name, update in factors.items():
+        module = modules[name]
+        dropout = 0.0 if isinstance(module, nn.Embedding) else config.dropout  # PEFT has none there
+        dtype = _weight(module).dtype
+        group = _Group(update.rank, alpha[name], dropout, _needs_more(update, dtype))
+        groups.setdefault(group, []).append(name)
+    biases = any(_is_bias_of(key, factors) for key in content.trained)
+    others = [name for name, module in modules.items() if name not in factors and module._parameters]
+    strategies: list[FineTuningStrategy] = [
+        LoRAAllFineTuningStrategy(
+            rank=group.rank,
+            lora_alpha=group.alpha,
+            lora_dropout=group.dropout,
+            train_bias=biases,
+            targets=_patterns(names, [*others, *(other for other in factors if other not in set(names))]),
+            conv_layout="out_as_h",
+            **_variant(config, group),
+        )
+        for group, names in groups.items()
+    ]
+    parameters = {name for name, _ in next(iter(modules.values())).named_parameters(remove_duplicate=False)}
+    full = sorted(key for key in content.trained if key in parameters and not _is_bias_of(key, factors))
+    if full:
+        strategies.append(FullFineTuningStrategy(targets=[_literal(key) for key in full]))
+    return strategies[0] if len(strategies) == 1 else merge_strategies(strategies)
+
+
+def _variant(config: PeftConfig, group: _Group) -> dict[str, Any]:
+    said = {"use_rslora": config.rslora, "use_dora": config.dora, "adapter_dtype": "float32" if group.wide else None}
+    return {key: value for key, value in said.items() if value}
+
+
+def _needs_more(update: Factors, dtype: torch.dtype) -> bool:
+    """Whether a weight's dtype cannot hold every number of an update."""
+    tensors = [update.A, update.B] if update.magnitude is None else [update.A, update.B, update.magnitude]
+    return any(torch.promote_types(tensor.dtype, dtype) != dtype for tensor in tensors)
+
+
+def _patterns(names: list[str], others: list[str]) -> list[str]:
+    """Patterns that choose these names and none of the others: one for all layers of a stack where that is so."""
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        stacks.setdefault(".".join("*" if part.isdigit() else _literal(part) for part in name.split(".")), []).append(name)
+    patterns: list[str] = []
+    for pattern, members in stacks.items():
+        # a pattern also chooses what lies inside of what it matches
+        is_exact = len(members) > 1 and not any(fnmatchcase(other, pattern) or fnmatchcase(other, f"{pattern}.*") for other in others)
+        patterns += [pattern] if is_exact else map(_literal, members)
+    return patterns
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches this very name: nothing in it is a wildcard or the kind of a pattern."""
+    return "".join(f"[{character}]" if character in "*?[:" else character for character in name)
+
+
+def _generators_kept() -> AbstractContextManager[None]:
+    # enabling draws the start of an adapter, and the file is about to replace it
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return torch.random.fork_rng(devices=devices)
+
+
+def _write(model: nn.Module, factors: Mapping[str, Factors], content: _Content) -> None:
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, update in factors.items():
+            layer: Any = modules[name]
+            layer.lora_A.copy_(update.A)
+            layer.lora_B.copy_(update.B)
+            if update.magnitude is not None:
+                layer.lora_magnitude.copy_(update.magnitude)
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        for key, value in content.trained.items():
+            tensors[key].copy_(value)

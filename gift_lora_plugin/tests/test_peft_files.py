@@ -1,0 +1,1010 @@
+"""PEFT's files both ways, with the installed PEFT and transformers as oracles.
+
+Tolerances are relative to the largest number compared. The libraries add the same terms in different orders, so it is a few units in
+the last place of the dtype: 1e-12 in double, 1e-5 in single precision, 3e-2 in bfloat16 and 4e-3 in half precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gift_core import (
+    FullFineTuningStrategy,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    load_adapter,
+    merge_and_unload,
+    merge_strategies,
+    merged,
+    save_adapter,
+)
+from gift_core.errors import (
+    AdapterFileError,
+    AdapterFormatError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    AdapterWriteError,
+    GiftError,
+    StateError,
+)
+from gift_lora_plugin import LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy
+from gift_lora_plugin.peft_config import alphas, anchored, config_data, config_from
+from gift_lora_plugin.peft_files import export_peft, import_peft, load_peft
+from gift_lora_plugin.peft_layers import refusal
+
+with warnings.catch_warnings():
+    # what PEFT imports may warn about itself
+    warnings.simplefilter("ignore")
+    peft = pytest.importorskip("peft")
+    from peft.utils.other import get_pattern_key
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+RANK, ALPHA = 2, 5.0
+
+
+def conv1d_of_transformers() -> nn.Module:
+    """The linear layer of GPT-2, whose weight is (in, out)."""
+    layer: nn.Module = pytest.importorskip("transformers.pytorch_utils").Conv1D(7, 9)
+    return layer
+
+
+TOKENS = torch.tensor([[0, 4, 2], [10, 4, 1]])
+#: A layer and an input.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(9, 7), torch.randn(2, 3, 9)),
+    "linear without bias": (lambda: nn.Linear(9, 7, bias=False), torch.randn(2, 9)),
+    "transformers Conv1D": (conv1d_of_transformers, torch.randn(2, 3, 9)),
+    "embedding": (lambda: nn.Embedding(11, 6), TOKENS),
+    "square embedding, padding": (lambda: nn.Embedding(11, 11, padding_idx=4), TOKENS),
+    "conv1d": (lambda: nn.Conv1d(5, 7, 3, padding=1), torch.randn(2, 5, 6)),
+    "conv2d": (lambda: nn.Conv2d(5, 7, 3, padding=1, stride=2), torch.randn(2, 5, 6, 7)),
+    "conv2d 3x2": (lambda: nn.Conv2d(5, 7, (3, 2), padding=(1, 0)), torch.randn(2, 5, 6, 7)),
+    "conv2d 1x1": (lambda: nn.Conv2d(5, 7, 1, bias=False), torch.randn(2, 5, 4, 3)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, (2, 3, 1)), torch.randn(2, 3, 3, 4, 3)),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "out_as_h": {"conv_layout": "out_as_h"},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dora, rslora": {"use_dora": True, "use_rslora": True, "conv_layout": "out_as_h"},
+    "pissa": {"init": "pissa"},
+    "olora, dora": {"init": "olora", "use_dora": True},
+    "orthogonal, A frozen": {"init": "orthogonal", "freeze_A": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Each test draws the same numbers, and sees no warning of PEFT's own."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
+def stir(model: nn.Module) -> nn.Module:
+    """Move every trainable parameter, as training would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
+def with_peft(base: nn.Module, directory: Path) -> Any:
+    """The base model with the adapter of a folder, by PEFT."""
+    return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(directory), autocast_adapter_dtype=False).eval()
+
+
+def assert_close(ours: Tensor, theirs: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Within the tolerance of the dtype."""
+    scale = theirs.abs().max().clamp(min=1e-30)
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= TOLERANCE[dtype or ours.dtype] * scale
+
+
+def assert_same_model(tuned: nn.Module, theirs: Any, x: Tensor) -> None:
+    """Both give the same answers, and the same merged weights under the same keys."""
+    x = x.to(next(iter(tuned.state_dict().values())).dtype) if x.is_floating_point() else x
+    with torch.no_grad():
+        assert_close(tuned.eval()(x), theirs(x))
+        with merged(tuned):
+            assert_close(tuned(x), theirs(x))
+    mine, other = merge_and_unload(copy.deepcopy(tuned)).state_dict(), theirs.merge_and_unload().state_dict()
+    assert list(mine) == list(other)
+    for key in mine:
+        assert_close(mine[key].double(), other[key].double(), mine[key].dtype if mine[key].is_floating_point() else torch.float64)
+
+
+# --- one layer of each kind
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_peft_computes_what_was_exported(layer: str, variant: str, tmp_path: Path) -> None:
+    """PEFT answers as the exported model does, forward and merged, for every layer and variant."""
+    build, x = LAYERS[layer]
+    base = nn.Sequential(build()).double()
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, ALPHA, targets="0", **VARIANTS[variant]))
+
+    export_peft(stir(tuned), tmp_path / "peft")
+
+    assert_same_model(tuned, with_peft(base, tmp_path / "peft"), x)
+
+
+PEFT_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.mark.parametrize("variant", PEFT_VARIANTS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_we_compute_what_peft_saved(layer: str, variant: str, tmp_path: Path) -> None:
+    """The model that load_peft tunes answers as PEFT's does, forward and merged, and trains as many numbers."""
+    build, x = LAYERS[layer]
+    base = nn.Sequential(build()).double()
+    settings = PEFT_VARIANTS["plain" if layer != "linear" and variant == "orthogonal" else variant]
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.1, target_modules=["0"], **settings)
+    theirs = stir(peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).double()).eval()
+    theirs.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    trained = theirs.get_nb_trainable_parameters()[0]  # type: ignore[operator]
+
+    load_peft(base, tmp_path)
+
+    assert sum(parameter.numel() for parameter in base.parameters()) == trained
+    assert_same_model(base, theirs, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layer", ["linear", "embedding", "conv2d"])
+def test_precisions_both_ways(layer: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In each precision PEFT answers as we do, and what it saves again is, bit for bit, what we wrote."""
+    build, x = LAYERS[layer]
+    base = nn.Sequential(build()).to(dtype)
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, ALPHA, targets="0", conv_layout="out_as_h"))
+    export_peft(stir(tuned), tmp_path / "ours")
+    theirs = with_peft(base, tmp_path / "ours")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    load_peft(base, tmp_path / "theirs")
+    x = x.to(dtype) if x.is_floating_point() else x
+
+    assert_close(tuned.eval()(x), theirs(x))
+    assert {key: value.dtype for key, value in base.state_dict().items()} == {
+        key: value.dtype for key, value in tuned.state_dict().items()
+    }
+    assert all(torch.equal(value, base.state_dict()[key]) for key, value in tuned.state_dict().items())
+
+
+def test_single_precision_factors_of_a_half_precision_base(tmp_path: Path) -> None:
+    """Factors that the base's dtype cannot hold stay as they are, both ways."""
+    base = nn.Sequential(nn.Linear(9, 7)).bfloat16()
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"])
+    theirs = stir(peft.get_peft_model(copy.deepcopy(base), config)).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"))  # type: ignore[operator]
+    x = torch.randn(4, 9).bfloat16()
+
+    load_peft(base, tmp_path / "theirs")
+    export_peft(base, tmp_path / "ours")
+
+    assert base[0].lora_A.dtype == torch.float32
+    assert_close(base.eval()(x), theirs(x))
+    ours, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert list(ours) == list(other)
+    assert all(torch.equal(ours[key], other[key]) and ours[key].dtype == other[key].dtype for key in ours)
+
+
+def test_balanced_factors_grow_by_the_first_kernel_side(tmp_path: Path) -> None:
+    """A balanced convolution of rank r goes out at rank k0 r with k0 times alpha, so that the scaling stays."""
+    model = nn.Sequential(nn.Conv2d(5, 7, (3, 2)))
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(RANK, ALPHA))
+    export_peft(model, tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+
+    assert (config["r"], config["lora_alpha"]) == (3 * RANK, 3 * ALPHA)
+
+
+# --- what PEFT computes differently
+
+CONVOLUTIONS = {
+    f"{groups=}, {dilation=}, {mode}, {padding=}, {kernel=}": (
+        {"groups": groups, "dilation": dilation, "padding_mode": mode, "padding": padding, "kernel_size": kernel}
+    )
+    for groups, dilation, mode, padding, kernel in itertools.product(
+        [1, 2], [1, 2], ["zeros", "reflect", "circular"], [0, 1, "same"], [1, 3]
+    )
+    if kernel > 1 or dilation == 1 or padding != "same"
+}
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_refused_convolutions_are_those_that_differ(options: dict[str, Any]) -> None:
+    """A convolution is refused if, and only if, PEFT's answer for the same factors is another than that of W + s B A."""
+    layer = nn.Conv2d(4, 6, **options).double()
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.LoraConfig(r=4, target_modules=["0"])).double()
+    inner = theirs.base_model.model[0]
+    A, B = inner.lora_A["default"].weight, nn.init.normal_(inner.lora_B["default"].weight)
+    x = torch.randn(2, 4, 7, 7).double()
+    try:
+        update = (B.flatten(1) @ A.flatten(1)).view(layer.weight.shape)
+        with torch.no_grad():
+            expected = torch.func.functional_call(layer, {"weight": layer.weight + update * inner.scaling["default"]}, x)
+            same = torch.allclose(theirs(x), expected)
+    except RuntimeError:
+        same = False  # the shapes of the factors, or of the answers, do not go together
+
+    assert (refusal(layer) is None) == same
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(2 * input)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "code of its own": (lambda: Doubled(4, 4), "Doubled is a Linear with code of its own"),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 3), "no form for a ConvTranspose2d"),
+    "bag": (lambda: nn.EmbeddingBag(4, 4), "no form for a EmbeddingBag"),
+    "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), "max_norm rescales"),
+    "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), "groups=2"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), "MultiheadAttention reads its weight"),
+    "recurrent": (lambda: nn.LSTM(4, 4), "PEFT files have no form for it"),
+    "bilinear": (lambda: nn.Bilinear(4, 4, 4), "no form for a Bilinear"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_has_no_form_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    """An export names every place that PEFT cannot do, with the reason, and writes nothing."""
+    build, reason = REFUSED[kind]
+    model = nn.Sequential(nn.Linear(4, 4), build(), nn.Conv2d(4, 4, 3, dilation=2))
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(RANK, targets=["0", "1", "2"]))
+
+    with pytest.raises(AdapterFormatError, match=reason) as caught:
+        export_peft(model, tmp_path / "peft")
+
+    assert "\n  1" in str(caught.value)
+    assert "\n  2: dilation=(2, 2)" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_in_two_places_is_refused(tmp_path: Path) -> None:
+    """PEFT replaces a shared layer in one of its places only, so that it is refused."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model.append(model[0])
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(RANK))
+
+    with pytest.raises(AdapterFormatError, match="0: the layer stands in several places"):
+        export_peft(model, tmp_path / "peft")
+
+
+class Scaled(nn.Module):
+    """A parameter of its own, and a layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.scale  # type: ignore[no-any-return]
+
+
+def test_a_trained_module_around_an_adapted_layer_is_refused(tmp_path: Path) -> None:
+    """PEFT leaves the layers alone that lie in a module it trains in full, so that both together are refused."""
+    model = nn.Sequential(Scaled(), nn.Linear(4, 4))
+    strategies = LoRAAllFineTuningStrategy(RANK, targets=["0.fc", "1"]), FullFineTuningStrategy(targets="0.scale")
+    enable_fine_tuning(model, merge_strategies(strategies))
+
+    with pytest.raises(AdapterFormatError, match=r"0 is trained in full, and PEFT would leave out 0.fc"):
+        export_peft(model, tmp_path / "peft")
+
+
+def test_a_tied_module_trained_in_full_is_refused(tmp_path: Path) -> None:
+    """PEFT trains a copy of a module, which would no longer be tied."""
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    model[2].weight = model[0].weight
+    enable_fine_tuning(model, merge_strategies(LoRAAllFineTuningStrategy(RANK, targets="1"), FullFineTuningStrategy(targets="0")))
+
+    with pytest.raises(AdapterFormatError, match="0: its weight is shared with another module"):
+        export_peft(model, tmp_path / "peft")
+
+
+def test_an_embedding_has_no_dropout_in_peft(tmp_path: Path) -> None:
+    """PEFT's dropout leaves embeddings alone, and so does what is loaded."""
+    base = nn.Sequential(nn.Embedding(11, 6))
+    theirs = stir(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=RANK, lora_dropout=0.9, target_modules=["0"])))
+    theirs.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    load_peft(base, tmp_path)
+
+    assert_close(base.train()(TOKENS), theirs.train()(TOKENS))
+
+
+def test_only_the_layers_of_the_file_are_adapted(tmp_path: Path) -> None:
+    """Of layers in a row, those that the file holds are adapted and the others are not."""
+    base = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["1", "3", "10"]))
+    export_peft(stir(tuned), tmp_path)
+    load_peft(base, tmp_path)
+
+    assert [type(layer) is nn.Linear for layer in base] == [type(layer) is nn.Linear for layer in tuned]
+
+
+# --- whole models
+
+
+class Net(nn.Module):
+    """A small model with names that are ends and beginnings of one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+        self.norm = nn.BatchNorm1d(6)
+        self.fc = nn.Linear(6, 6)
+        self.block = nn.ModuleDict({"fc": nn.Linear(6, 6), "fc_2": nn.Linear(6, 6), "xfc": nn.Linear(6, 6, bias=False)})
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.embed(x).transpose(1, 2))).transpose(1, 2)
+        x = self.block["fc"](x).relu() + self.block["fc_2"](x).relu() + self.block["xfc"](x)
+        return self.head(self.fc(x))  # type: ignore[no-any-return]
+
+
+def tuned_net(*strategies: Any) -> tuple[Net, Net]:
+    """A base model and a copy of it, tuned."""
+    base = Net().double().eval()
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, strategies[0] if len(strategies) == 1 else merge_strategies(strategies))
+    return base, stir(tuned)  # type: ignore[return-value]
+
+
+def test_names_match_exactly_our_sites(tmp_path: Path) -> None:
+    """PEFT adapts the layers that we adapt and no other, whose name ends or begins alike, each with its own rank and alpha."""
+    base, tuned = tuned_net(
+        LoRAAllFineTuningStrategy(2, 4.0, targets=["fc", "embed"]),
+        LoRAAllFineTuningStrategy(3, 1.5, targets="block.xfc"),
+        LoRAAllFineTuningStrategy(2, 7.0, targets="block.fc_2"),
+    )
+    export_peft(tuned, tmp_path / "peft")
+    theirs = with_peft(base, tmp_path / "peft")
+    scalings = {
+        name: module.scaling["default"] for name, module in theirs.base_model.model.named_modules() if hasattr(module, "scaling")
+    }
+
+    assert scalings == {"fc": 2.0, "embed": 2.0, "block.xfc": 0.5, "block.fc_2": 3.5}
+    assert_same_model(tuned, theirs, TOKENS)
+
+
+@pytest.mark.parametrize("train_bias", [False, True], ids=["none", "lora_only"])
+def test_trained_modules_and_statistics_are_exported(train_bias: bool, tmp_path: Path) -> None:
+    """A head and a normalisation layer trained in full, moved statistics and the biases of adapted layers arrive in PEFT."""
+    base, tuned = tuned_net(
+        LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["conv", "fc", "block"], train_bias=train_bias),
+        FullFineTuningStrategy(targets=["head", "norm"]),
+    )
+    tuned.train()(TOKENS)
+
+    done = export_peft(tuned, tmp_path / "peft")
+
+    assert (done.layers, done.modules_to_save, done.bias) == (5, ("head", "norm"), "lora_only" if train_bias else "none")
+    assert_same_model(tuned, with_peft(base, tmp_path / "peft"), TOKENS)
+
+
+def test_statistics_that_moved_are_exported_though_nothing_trains_them(tmp_path: Path) -> None:
+    """Statistics of a frozen normalisation layer that training has moved are part of what is exported."""
+    base, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["fc"]))
+    tuned.train()(TOKENS)
+
+    assert export_peft(tuned, tmp_path / "peft").modules_to_save == ("norm",)
+    assert_same_model(tuned, with_peft(base, tmp_path / "peft"), TOKENS)
+
+
+def test_loose_biases_are_exported(tmp_path: Path) -> None:
+    """Biases of layers without LoRA make it PEFT's bias="all"."""
+    base, tuned = tuned_net(
+        LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["fc"], train_bias=True),
+        FullFineTuningStrategy(targets=["head.bias", "block.fc.bias"]),
+    )
+
+    assert export_peft(tuned, tmp_path / "peft").bias == "all"
+    assert_same_model(tuned, with_peft(base, tmp_path / "peft"), TOKENS)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_trained_modules_and_biases_are_imported(bias: str, tmp_path: Path) -> None:
+    """PEFT's modules_to_save and its biases, with each setting, arrive here."""
+    base = Net().double().eval()
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["conv", "fc"], modules_to_save=["head", "norm"], bias=bias)
+    theirs = stir(peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False))
+    theirs.train()(TOKENS)
+    theirs.eval().save_pretrained(str(tmp_path))  # type: ignore[operator]
+
+    done = load_peft(base, tmp_path)
+
+    assert done.layers == 3
+    assert {"head", "norm"} <= set(done.modules_to_save)
+    with torch.no_grad():
+        assert_close(base.eval()(TOKENS), theirs(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("strategies", "reason"),
+    [
+        ([FullFineTuningStrategy(targets="fc")], "fc is trained in full, and PEFT would train block.fc, block.xfc too"),
+        ([FullFineTuningStrategy(targets="block.fc.weight")], None),
+        ([FullFineTuningStrategy(targets="embed")], None),
+    ],
+    ids=["ends alike", "a part", "whole"],
+)
+def test_modules_trained_in_full_have_a_form_or_are_refused(strategies: list[Any], reason: str | None, tmp_path: Path) -> None:
+    """What PEFT would take for another module too is refused, and everything else is exact."""
+    base, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets="conv"), *strategies)
+
+    if reason is None:
+        export_peft(tuned, tmp_path / "peft")
+        assert_same_model(tuned, with_peft(base, tmp_path / "peft"), TOKENS)
+    else:
+        with pytest.raises(AdapterFormatError, match=reason):
+            export_peft(tuned, tmp_path / "peft")
+
+
+def test_a_round_trip_gives_the_same_tensors(tmp_path: Path) -> None:
+    """What is exported and imported again is the same adapter, bit for bit, where the layout is PEFT's."""
+    base, tuned = tuned_net(
+        LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["conv", "embed", "block.*"], use_dora=True, conv_layout="out_as_h"),
+        FullFineTuningStrategy(targets="head"),
+    )
+    export_peft(tuned, tmp_path / "peft")
+    load_peft(base, tmp_path / "peft")
+    mine, again = tuned.state_dict(), base.state_dict()
+
+    assert mine.keys() == again.keys()
+    assert all(torch.equal(mine[key], again[key]) for key in mine)
+
+
+# --- files
+
+
+def save_net(path: Path, *strategies: Any) -> tuple[Net, Net]:
+    """A base model, and its tuned copy saved in a file."""
+    base, tuned = tuned_net(*strategies)
+    save_adapter(tuned, path)
+    return base, tuned
+
+
+def test_a_file_and_its_model_are_exported(tmp_path: Path) -> None:
+    """A file exports like the model it was saved from, with another base's weights too, and the model is left as it was."""
+    base, tuned = save_net(tmp_path / "a.safetensors", LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["conv", "fc"], use_dora=True))
+    other = Net().double()
+    before = copy.deepcopy(other.state_dict())
+
+    export_peft(tmp_path / "a.safetensors", tmp_path / "peft", model=other)
+
+    assert_same_model(tuned, with_peft(base, tmp_path / "peft"), TOKENS)
+    assert type(other.fc) is nn.Linear
+    assert other.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True, "use_dora": True}, {"init": "pissa"}], ids=str)
+def test_a_file_of_linear_layers_needs_no_model(variant: dict[str, Any], tmp_path: Path) -> None:
+    """A file of lora-linear alone is exported as with its model, and the report says what was assumed."""
+    base, tuned = save_net(
+        tmp_path / "a.safetensors", LoRALinearFineTuningStrategy(RANK, ALPHA, targets=["fc", "block"], train_bias=True, **variant)
+    )
+
+    done = export_peft(tmp_path / "a.safetensors", tmp_path / "peft")
+
+    assert "taken to be plain torch.nn.Linear" in done.notes[0]
+    assert_same_model(tuned, with_peft(base, tmp_path / "peft"), TOKENS)
+
+
+def test_a_file_that_does_not_tell_its_layers_asks_for_the_model(tmp_path: Path) -> None:
+    """Where the file alone does not say what kind of layers it has, the error asks for the base model."""
+    save_net(tmp_path / "a.safetensors", LoRAAllFineTuningStrategy(RANK, targets="fc"))
+
+    with pytest.raises(AdapterFormatError, match="name the base model too"):
+        export_peft(tmp_path / "a.safetensors", tmp_path / "peft")
+
+
+def test_a_module_that_the_file_holds_in_part_needs_its_base(tmp_path: Path) -> None:
+    """PEFT saves whole modules: where the file has a part, the rest comes from the right base weights, or is refused."""
+    strategies = LoRAAllFineTuningStrategy(RANK, ALPHA, targets="fc"), FullFineTuningStrategy(targets="block.fc.weight")
+    base, tuned = save_net(tmp_path / "a.safetensors", *strategies)
+
+    with pytest.raises(AdapterFormatError, match=r"block.fc: PEFT saves the whole module, and the file has no bias"):
+        export_peft(tmp_path / "a.safetensors", tmp_path / "peft", model=Net().double())
+    export_peft(tmp_path / "a.safetensors", tmp_path / "peft", model=copy.deepcopy(base))
+
+    assert_same_model(tuned, with_peft(base, tmp_path / "peft"), TOKENS)
+
+
+def test_peft_files_become_an_adapter_file(tmp_path: Path) -> None:
+    """import_peft writes a file that loads into the base model, which it leaves as it was."""
+    base, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["conv", "fc"]))
+    export_peft(tuned, tmp_path / "peft")
+    import_peft(tmp_path / "peft", tmp_path / "b.safetensors", base)
+
+    assert type(base.fc) is nn.Linear
+    load_adapter(base, tmp_path / "b.safetensors")
+    assert_close(base(TOKENS), tuned.eval()(TOKENS))
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    """Both ways refuse a target that is there; force overwrites it."""
+    base, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets="fc"))
+    export_peft(tuned, tmp_path / "peft")
+    import_peft(tmp_path / "peft", tmp_path / "b.safetensors", base)
+
+    with pytest.raises(AdapterWriteError, match=r"adapter_config.json and adapter_model.safetensors already"):
+        export_peft(tuned, tmp_path / "peft")
+    with pytest.raises(AdapterWriteError, match="exists already"):
+        import_peft(tmp_path / "peft", tmp_path / "b.safetensors", base)
+    export_peft(stir(tuned), tmp_path / "peft", force=True)
+    import_peft(tmp_path / "peft", tmp_path / "b.safetensors", base, force=True)
+
+    load_adapter(base, tmp_path / "b.safetensors")
+    assert_close(base(TOKENS), tuned.eval()(TOKENS))
+
+
+@pytest.mark.parametrize("failing", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_failed_write_leaves_the_old_pair(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If either file cannot take its place, both old files are there, whole, and nothing else is."""
+    _, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets="fc"))
+    export_peft(tuned, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(target).name == failing and ".old" not in str(source):
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(AdapterWriteError):
+        export_peft(stir(tuned), tmp_path, force=True)
+
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("failing", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_failed_first_write_leaves_nothing(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If either file of a new folder cannot take its place, the folder is gone again."""
+    _, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets="fc"))
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(target).name == failing:
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(AdapterWriteError, match=f"{failing} could not be written: disk full. What was there is intact.$"):
+        export_peft(tuned, tmp_path / "peft")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_set_aside_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the old files cannot be moved, they are where they were, and nothing else is."""
+    _, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets="fc"))
+    export_peft(tuned, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(source).name == "adapter_model.safetensors" and str(target).endswith(".old"):
+            raise OSError("not permitted")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(AdapterWriteError, match="not permitted"):
+        export_peft(stir(tuned), tmp_path, force=True)
+
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_links_stay_and_what_they_point_to_is_replaced(tmp_path: Path) -> None:
+    """A folder of symbolic links, as a cache of downloads is, keeps its links."""
+    base, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets="fc"))
+    export_peft(tuned, tmp_path / "blobs")
+    (tmp_path / "links").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / "blobs" / name)
+    export_peft(stir(tuned), tmp_path / "links", force=True)
+    load_peft(base, tmp_path / "blobs")
+
+    assert all(file.is_symlink() for file in (tmp_path / "links").iterdir())
+    assert len(list((tmp_path / "blobs").iterdir())) == 2
+    assert_close(base.eval()(TOKENS), tuned.eval()(TOKENS))
+
+
+def test_no_configuration_stands_beside_other_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one file is being replaced, a reader that comes between finds no configuration, rather than one of another adapter."""
+    _, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets="fc"))
+    export_peft(tuned, tmp_path)
+    replace, seen = os.replace, []
+
+    def watch(source: Any, target: Any) -> None:
+        if Path(target).name == "adapter_model.safetensors":
+            seen.append((tmp_path / "adapter_config.json").exists())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watch)
+    export_peft(stir(tuned), tmp_path, force=True)
+
+    assert seen == [False]
+
+
+def test_what_must_be_plain_or_tuned_is_checked(tmp_path: Path) -> None:
+    """Each function says which of a plain and a tuned model it takes."""
+    base, tuned = save_net(tmp_path / "a.safetensors", LoRAAllFineTuningStrategy(RANK, targets="fc"))
+    export_peft(tuned, tmp_path / "peft")
+
+    with pytest.raises(StateError, match="not tuned"):
+        export_peft(base, tmp_path / "other")
+    with pytest.raises(StateError, match="is tuned already"):
+        load_peft(tuned, tmp_path / "peft")
+    with pytest.raises(StateError, match="is tuned already"):
+        export_peft(tmp_path / "a.safetensors", tmp_path / "other", model=tuned)
+    with pytest.raises(StateError, match="pass the tuned model itself"):
+        export_peft(nn.Sequential(tuned), tmp_path / "other")
+
+
+def test_loading_draws_no_random_number(tmp_path: Path) -> None:
+    """load_peft leaves torch's generator as it was."""
+    base, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, targets="fc"))
+    export_peft(tuned, tmp_path)
+    before = torch.get_rng_state()
+    load_peft(base, tmp_path)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- patterns
+
+NAME = st.text("ab1_.-", min_size=1, max_size=6).filter(lambda name: ".." not in name and not name.startswith(".") and name[-1] != ".")
+
+
+@given(st.lists(NAME, min_size=1, max_size=6, unique=True), st.lists(NAME, min_size=1, max_size=6, unique=True), st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_alpha_patterns_match_as_in_peft(keys: list[str], names: list[str], anchor: bool) -> None:
+    """A key that is a name, an end of a name, or one that we wrote, matches exactly where PEFT's regular expression does."""
+    pattern = {(anchored(key) if anchor and at % 2 else key): float(at + 1) for at, key in enumerate(keys)}
+    found = alphas(config_from({"peft_type": "LORA", "lora_alpha": 0.5, "alpha_pattern": pattern}), names)
+
+    assert found == {name: pattern.get(get_pattern_key(pattern, name), 0.5) for name in names}
+
+
+@given(st.lists(st.text(min_size=1, max_size=8).filter(lambda name: "\n" not in name), min_size=2, max_size=6, unique=True))
+@settings(deadline=None, max_examples=200)
+def test_what_we_write_matches_our_names_alone(names: list[str]) -> None:
+    """Of any names, target_modules matches those that are adapted and no other, and each rank belongs to its own."""
+    ours, others = names[: len(names) // 2], names[len(names) // 2 :]
+    ranks = {name: at + 1 for at, name in enumerate(ours)}
+    data = config_data(
+        ranks=ranks,
+        alphas=dict.fromkeys(ours, 1.0),
+        dropout=0.0,
+        rslora=False,
+        dora=False,
+        bias="none",
+        modules_to_save=[],
+        fan_in_fan_out=False,
+        base_model=None,
+        task_type=None,
+    )
+    config = peft.LoraConfig(**data)
+
+    assert [name for name in names if peft.tuners.tuners_utils.check_target_module_exists(config, name)] == ours
+    assert not any(get_pattern_key(config.rank_pattern, other) in config.rank_pattern for other in others)
+    assert {name: config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r) for name in ours} == ranks
+
+
+@pytest.mark.parametrize(
+    "key", ["(a+)+b", "fc|x", ".*fc", "[a]", "layers\\.\\d", "a$b", "^", "a\\", "x" * 2000], ids=lambda key: key[:10]
+)
+def test_a_real_regular_expression_is_refused(key: str) -> None:
+    """A key that PEFT would run as a regular expression is never run here: it is refused by name."""
+    config = config_from({"peft_type": "LORA", "alpha_pattern": {key: 1.0}})
+
+    with pytest.raises(AdapterFormatError, match="alpha_pattern"):
+        alphas(config, ["fc", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaac"])
+
+
+# --- hostile and broken files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sound export of a small adapter."""
+    _, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["fc", "conv"], conv_layout="out_as_h"))
+    export_peft(tuned, tmp_path / "peft")
+    return tmp_path / "peft"
+
+
+def refused(folder: Path, error: type[GiftError], match: str) -> str:
+    """That load_peft raises, and leaves the model as it was."""
+    model = Net().double()
+    before, types = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    with pytest.raises(error, match=match) as caught:
+        load_peft(model, folder)
+
+    assert [type(module) for module in model.modules()] == types
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    """A missing file is an error that names it."""
+    (folder / name).unlink()
+
+    refused(folder, AdapterNotFoundError, f"there is no {name}")
+
+
+def test_a_pickle_is_never_read(folder: Path) -> None:
+    """A folder with a pickle instead of safetensors is refused with the way out."""
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+    refused(folder, AdapterFileError, "a pickle, which could run code")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "{",
+        '{"r": 1, "r": 2}',
+        '{"lora_alpha": NaN}',
+        "[" * 100_000,
+        '{"x": "\ud800"}'.encode("utf-8", "surrogatepass"),
+        b"\xff\x00",
+    ],
+    ids=["empty", "list", "cut", "twice", "nan", "deep", "surrogate", "bytes"],
+)
+def test_broken_json_is_refused(folder: Path, text: str | bytes) -> None:
+    """A configuration that is no JSON object is an error of ours, whatever is in it."""
+    (folder / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    refused(folder, AdapterFileError, "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'; it must be a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_dropout": 1.5}, r"lora_dropout is 1.5; it must be a number in \[0, 1\)"),
+        ({"bias": "some"}, "bias is 'some'"),
+        ({"alpha_pattern": {"fc": None}}, "alpha_pattern is"),
+        ({"alpha_pattern": ["fc"]}, "alpha_pattern is"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head'"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'"),
+        ({"lora_bias": True}, "lora_bias: the factor B has a bias"),
+        ({"layer_replication": [[0, 4]]}, "layer_replication"),
+        ({"target_parameters": ["w"]}, "target_parameters"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"a_switch_of_2030": {"x": 1}}, "'a_switch_of_2030' is unknown, and set to"),
+        ({"use_dora": True}, r"fc: lora_magnitude_vector is missing"),
+    ],
+    ids=str,
+)
+def test_configurations_without_a_form_are_refused(folder: Path, change: dict[str, Any], match: str) -> None:
+    """What would change the answers and has no form here is refused by its key."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    refused(folder, AdapterFileError, match)
+
+
+def test_unknown_keys_may_be_passed_over(folder: Path) -> None:
+    """A key of a later version that is off is no matter, and one that is on can be ignored by name."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"a_switch": False, "another": None, "on": 3}))
+    model = Net().double()
+
+    with pytest.raises(AdapterFormatError, match="'on' is unknown"):
+        load_peft(model, folder)
+    assert load_peft(model, folder, ignore=["on"]).layers == 2
+
+
+def edit(folder: Path, **changes: Tensor | None) -> None:
+    """Write tensors of the file anew, under keys without PEFT's prefix; None takes one away."""
+    file = folder / "adapter_model.safetensors"
+    tensors: dict[str, Any] = load_file(file) | {f"base_model.model.{key}": value for key, value in changes.items()}
+    save_file({key: value for key, value in tensors.items() if value is not None}, file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"fc.lora_B.weight": None}, "fc: lora_B.weight is missing"),
+        ({"fc.lora_A.weight": torch.zeros(2, 7)}, r"fc: lora_A.weight has shape \(2, 7\), and the layer takes \(2, 6\)"),
+        ({"fc.lora_A.weight": torch.zeros(3, 6)}, r"fc: lora_B.weight has shape \(6, 2\), and the layer takes \(6, 3\)"),
+        ({"fc.lora_A.weight": torch.zeros(0, 6)}, "at least rank 1"),
+        ({"fc.lora_A.weight": torch.zeros(())}, r"has shape \(\)"),
+        ({"fc.lora_A.weight": torch.full((2, 6), torch.nan)}, "fc: lora_A.weight holds NaN"),
+        ({"fc.lora_A.weight": torch.full((2, 6), torch.inf)}, "fc: lora_A.weight holds NaN or infinity"),
+        ({"fc.lora_B.bias": torch.zeros(6)}, "unexpected: fc.lora_B.bias"),
+        ({"gone.lora_A.weight": torch.zeros(2, 6)}, "gone: the model has no such layer"),
+        ({"norm.lora_A.weight": torch.zeros(2, 6)}, "norm: PEFT files have no form for a BatchNorm1d"),
+        ({"head.weight": torch.zeros(3, 6)}, "head.weight is frozen, and the file holds other values"),
+        ({"embed.base_layer.weight": torch.zeros(12, 6)}, r"embed.weight is \(12, 6\) in the file, \(11, 6\) in the model"),
+        ({"fc.lora_magnitude_vector": torch.ones(6)}, "fc: lora_magnitude_vector is unexpected"),
+        ({"\x1b[2J.lora_A.weight": torch.zeros(2, 6)}, r"'\\x1b\[2J': the model has no such layer"),
+        ({"__class__.lora_A.weight": torch.zeros(2, 6)}, "__class__: the model has no such layer"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_tensors_that_do_not_fit_are_named(folder: Path, changes: dict[str, Tensor | None], match: str) -> None:
+    """A tensor that is missing, unknown, misshapen or no number is named, and the model is as it was."""
+    edit(folder, **changes)
+
+    refused(folder, AdapterMismatchError, match)
+
+
+def test_wider_numbers_than_the_adapters_are_refused(folder: Path) -> None:
+    """Double precision in the file never becomes single precision in silence."""
+    with pytest.raises(AdapterMismatchError, match=r"fc: lora_A.weight is of torch.float64, and would lose digits"):
+        load_peft(Net(), folder)
+
+
+def test_every_problem_is_reported_at_once(folder: Path) -> None:
+    """One error lists all that does not fit."""
+    edit(folder, **{"fc.lora_B.weight": None, "conv.lora_A.weight": torch.zeros(2, 5, 3), "x.lora_A.weight": torch.zeros(1, 1)})
+    message = refused(folder, AdapterMismatchError, "nothing was loaded")
+
+    assert all(f"\n  {name}: " in message for name in ("fc", "conv", "x"))
+
+
+def test_cut_and_flipped_files_are_errors_of_ours(folder: Path) -> None:
+    """Cut at any place, or with any byte of the header flipped, the tensors load whole or not at all, and only our error escapes."""
+    file = folder / "adapter_model.safetensors"
+    data = file.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    broken = [data[:length] for length in range(0, len(data), 37)]
+    broken += [data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :] for at in range(header)]
+    model = Net().double()
+    for one in broken:
+        file.write_bytes(one)
+        try:
+            load_peft(model, folder)
+            disable_fine_tuning(model)
+        except AdapterFileError:
+            assert type(model.fc) is nn.Linear
+
+
+def test_frozen_weights_written_along_must_be_the_models(folder: Path) -> None:
+    """A frozen weight in the file, as PEFT writes one for an embedding, is accepted if it is the model's own."""
+    model = Net().double()
+    edit(folder, **{"embed.base_layer.weight": model.embed.weight.detach().clone(), "head.weight": model.head.weight.detach().clone()})
+
+    assert load_peft(model, folder).modules_to_save == ()
+
+
+def test_keys_without_prefix_and_with_the_adapters_name_are_read(folder: Path) -> None:
+    """The spellings of other writers are the same adapter."""
+    first, second = Net().double(), Net().double()
+    second.load_state_dict(first.state_dict())
+    load_peft(first, folder)
+    file = folder / "adapter_model.safetensors"
+    plain = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
+    save_file({key.replace(".weight", ".default.weight"): value for key, value in plain.items()}, file)
+    load_peft(second, folder)
+
+    assert torch.equal(first.eval()(TOKENS), second.eval()(TOKENS))
+
+
+def test_odd_names_are_taken_literally(tmp_path: Path) -> None:
+    """Names that would mean something in a pattern, here or in PEFT, stand for themselves."""
+    base = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("re:x", "a*", "ab", "a[b]", "(c)+", "c")})
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, targets=["re[:]x", "a[*]", "a[[]b]", "(c)+"]))
+    export_peft(stir(tuned), tmp_path)
+    load_peft(base, tmp_path)
+    mine, again = tuned.state_dict(), base.state_dict()
+
+    assert mine.keys() == again.keys()
+    assert all(torch.equal(mine[key], again[key]) for key in mine)
+
+
+# --- transformers
+
+
+def small_model(kind: str) -> tuple[Any, list[str]]:
+    """A small transformers model with random weights, and the patterns of what is adapted."""
+    transformers = pytest.importorskip("transformers")
+    size = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    if kind == "bert":
+        config = transformers.BertConfig(**size)
+        return transformers.BertForSequenceClassification(config).eval(), ["*.query", "*.value", "*.dense", "*.word_embeddings"]
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**size)).eval(), ["*.q_proj", "*.down_proj", "*.embed_tokens"]
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2)
+    return transformers.GPT2LMHeadModel(config).eval(), ["*.c_attn", "*.c_fc"]
+
+
+IDS = torch.tensor([[3, 7, 1, 20], [5, 5, 39, 0]])
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+def test_transformers_loads_what_was_exported(kind: str, dora: bool, tmp_path: Path) -> None:
+    """The load_adapter of transformers, and PEFT, give the exported model's answers."""
+    base, targets = small_model(kind)
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, ALPHA, targets=targets, use_dora=dora))
+    export_peft(stir(tuned), tmp_path)
+    loaded = copy.deepcopy(base)
+    loaded.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        expected = tuned.eval()(IDS).logits
+
+        assert (expected - base(IDS).logits).abs().max() > 0.01
+        assert_close(loaded.eval()(IDS).logits, expected)
+        assert_close(with_peft(base, tmp_path)(IDS).logits, expected)
+
+
+def test_transformers_loads_a_trained_head_and_biases(tmp_path: Path) -> None:
+    """The load_adapter of transformers gives a head that was trained in full, and the biases of adapted layers."""
+    base, targets = small_model("bert")
+    tuned = copy.deepcopy(base)
+    strategies = (
+        LoRAAllFineTuningStrategy(RANK, ALPHA, targets=targets[:2], train_bias=True),
+        FullFineTuningStrategy(targets="classifier"),
+    )
+    enable_fine_tuning(tuned, merge_strategies(strategies))
+    export_peft(stir(tuned), tmp_path, task_type="SEQ_CLS")
+    loaded = copy.deepcopy(base)
+    loaded.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        expected = tuned.eval()(IDS).logits
+
+        assert_close(loaded.eval()(IDS).logits, expected)
+        assert_close(with_peft(base, tmp_path)(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+def test_what_transformers_saved_is_loaded(kind: str, tmp_path: Path) -> None:
+    """An adapter made and saved through transformers gives its answers here."""
+    base, targets = small_model(kind)
+    theirs = copy.deepcopy(base)
+    names = [target.removeprefix("*.") for target in targets]
+    theirs.add_adapter(
+        peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, rank_pattern={names[0]: 3}, alpha_pattern={names[0]: 4})
+    )
+    stir(theirs).eval().save_pretrained(str(tmp_path))  # type: ignore[operator]
+
+    load_peft(base, tmp_path)
+
+    with torch.no_grad():
+        assert_close(base.eval()(IDS).logits, theirs(IDS).logits)
