@@ -18,18 +18,20 @@ from gift_core.errors import (
     PluginConflictError,
     StrategyFileNotFoundError,
     UnknownDemoError,
+    UnknownFormatError,
     UnknownPluginError,
     UnknownStrategyError,
 )
 from gift_core.plugins import plugin_settings
 
 #: The verbs in the order of ``gift --help``; each is the file and the function of its name.
-VERBS = ("list", "show", "inspect", "info", "merge", "demo", "doctor", "check", "new")
+VERBS = ("list", "show", "inspect", "info", "merge", "convert", "demo", "doctor", "check", "new")
 
 #: These end the command with code 3; every other error of ours with 1, and wrong usage with 2.
 NOT_FOUND = (
     UnknownStrategyError,
     UnknownDemoError,
+    UnknownFormatError,
     UnknownPluginError,
     PluginConflictError,
     PluginBlockedError,

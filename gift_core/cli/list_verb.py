@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from gift_core.cli.output import json_option, one_line, print_json, print_table
-from gift_core.plugins import DEMOS, Discovery, discover
+from gift_core.plugins import DEMOS, FORMATS, Discovery, discover
 from gift_core.plugins.status import (
     BLOCKED,
     BROKEN,
@@ -20,7 +20,7 @@ HEADER = ("name", "distribution", "version", "API", "status", "summary")
 
 
 @click.command("list")
-@click.option("--all", "everything", is_flag=True, help="Also list plugins, demos, and what cannot be used, with the reason.")
+@click.option("--all", "everything", is_flag=True, help="Also list plugins, demos, formats, and what cannot be used, with the reason.")
 @click.option("--hooks", is_flag=True, help="Run the plugins, and list what they register.")
 @json_option
 def command(everything: bool, hooks: bool, as_json: bool) -> None:
@@ -48,7 +48,7 @@ def _lines(found: Discovery, everything: bool, hooks: bool) -> list[PluginStatus
         lines += hook_statuses()
     elif everything:
         lines += unloaded_hook_plugins()
-    return lines + (statuses(DEMOS) if everything else [])
+    return lines + ([*statuses(DEMOS), *statuses(FORMATS)] if everything else [])
 
 
 def _cells(line: PluginStatus) -> tuple[str, ...]:

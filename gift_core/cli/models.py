@@ -40,7 +40,7 @@ class ModelNotFoundError(ModelError, LookupError):
 
 def model_argument(command: Callable[..., Any]) -> Callable[..., Any]:
     """The argument MODEL, which the verb gets as text for `build_model`."""
-    return click.argument("model", callback=_well_formed)(command)
+    return click.argument("model", callback=well_formed)(command)
 
 
 def build_model(text: str) -> nn.Module:
@@ -59,7 +59,10 @@ def build_model(text: str) -> nn.Module:
         return _build(_callable(_module(place), place, name), text)
 
 
-def _well_formed(ctx: click.Context, argument: click.Parameter, text: str) -> str:
+def well_formed(ctx: click.Context, argument: click.Parameter, text: str | None) -> str | None:
+    """The callback of an option, or an argument, that takes MODEL: refuses as wrong usage what has none of its forms."""
+    if text is None:
+        return None
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name:
         raise click.BadParameter(f"{text!r} is not of the form {FORMS}.", ctx, argument)

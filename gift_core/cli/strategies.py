@@ -57,7 +57,7 @@ def build_strategy(name: str, settings: Sequence[str], target: Sequence[str], ex
     """
     if name.endswith(SUFFIXES):
         return _from_file(name, [*settings, *target, *exclude])
-    parameters = _parse(settings)
+    parameters = parse_settings(settings)
     for key, patterns in (("targets", target), ("exclude", exclude)):
         if patterns and key in parameters:
             raise click.UsageError(f"{key} is given twice, by --set {key}=... and by --{key.removesuffix('s')}.")
@@ -77,7 +77,12 @@ def _from_file(name: str, options: Sequence[str]) -> FineTuningStrategy:
     return strategy_from_file(name)
 
 
-def _parse(settings: Sequence[str]) -> dict[str, Any]:
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """The values of ``--set KEY=VALUE`` by key, each read as JSON, or as text where it is none.
+
+    Raises:
+        click.BadParameter: if one has another form, or a key is given twice.
+    """
     parameters: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")

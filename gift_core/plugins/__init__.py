@@ -5,6 +5,7 @@ Nothing here imports torch; pluggy is imported only where a plugin has hooks.
 
 from gift_core.plugins.discovery import (
     DEMOS,
+    FORMATS,
     PLUGINS,
     STRATEGIES,
     BlockedEntry,
@@ -33,6 +34,7 @@ from gift_core.plugins.settings import PluginSettings, current_settings, plugin_
 
 __all__ = [
     "DEMOS",
+    "FORMATS",
     "PLUGINS",
     "PLUGIN_API",
     "STRATEGIES",

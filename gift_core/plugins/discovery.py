@@ -24,8 +24,10 @@ STRATEGIES = "gift.strategies"
 PLUGINS = "gift.plugins"
 #: The entry-point group of the programs behind ``gift demo``: a name and a function ``main(argv) -> int``.
 DEMOS = "gift.demos"
+#: The entry-point group of the file formats of ``gift convert``: a name and an object with ``export`` and ``import_``.
+FORMATS = "gift.formats"
 #: Every group, with what one of its entries is called.
-NOUNS = {STRATEGIES: "strategy", PLUGINS: "plugin", DEMOS: "demo"}
+NOUNS = {STRATEGIES: "strategy", PLUGINS: "plugin", DEMOS: "demo", FORMATS: "format"}
 
 _SECTION = re.compile(r"\[(?P<group>[^\[\]]+)\]")
 _ENTRY = re.compile(r"(?P<name>[^=]*[^=\s])\s*=\s*(?P<value>.*)")

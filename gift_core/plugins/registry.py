@@ -19,10 +19,11 @@ from gift_core.errors import (
     PluginError,
     StrategyError,
     UnknownDemoError,
+    UnknownFormatError,
     UnknownPluginError,
     UnknownStrategyError,
 )
-from gift_core.plugins.discovery import NOUNS, PLUGINS, STRATEGIES, BlockedEntry, Discovery, Provider, discover
+from gift_core.plugins.discovery import DEMOS, FORMATS, NOUNS, PLUGINS, STRATEGIES, BlockedEntry, Discovery, Provider, discover
 from gift_core.plugins.hook_plugins import CORE_NAMES, plugins_by_hand, registered_things
 from gift_core.plugins.loading import check_generation, fields, load_callable
 from gift_core.plugins.names import CORE, did_you_mean, is_called, normalise
@@ -113,7 +114,7 @@ def find_provider(name: str, group: str = STRATEGIES, *, hooks: bool = True) -> 
 
     Raises:
         UnknownStrategyError: if there is no such strategy; the message has the nearest names and all installed ones.
-        UnknownDemoError: likewise for a demo; `UnknownPluginError` for a plugin with hooks.
+        UnknownDemoError: likewise for a demo; `UnknownFormatError` for a file format; `UnknownPluginError` for a plugin with hooks.
         PluginConflictError: if two distributions provide the bare name.
         PluginBlockedError: if a setting keeps it from being used.
         InvalidPluginError: if there is such an entry and it cannot be read.
@@ -277,11 +278,14 @@ def _unknown(name: str, group: str, names: Iterable[str]) -> NoReturn:
     installed, bare = sorted(set(names)), name.rpartition(":")[2].strip()
     noun = NOUNS.get(group, "plugin")
     message = f"no {noun} named {name!r}{did_you_mean(bare, installed)}\nInstalled: {', '.join(installed) or 'none'}."
-    if group == PLUGINS:
-        raise UnknownPluginError(message, name=name, hint="See gift list --all.")
-    if group != STRATEGIES:
-        raise UnknownDemoError(message, name=name, hint="Demos come with strategy packages; see gift demo --list.")
-    raise UnknownStrategyError(message, name=name, hint=f"Others come with packages: pip install gift-{normalise(bare)}-plugin.")
+    errors: dict[str, tuple[type[PluginError], str]] = {
+        STRATEGIES: (UnknownStrategyError, f"Others come with packages: pip install gift-{normalise(ascii(bare)[1:-1])}-plugin."),
+        PLUGINS: (UnknownPluginError, "See gift list --all."),
+        DEMOS: (UnknownDemoError, "Demos come with strategy packages; see gift demo --list."),
+        FORMATS: (UnknownFormatError, "Formats come with strategy packages; see gift list --all."),
+    }
+    error, hint = errors[group]
+    raise error(message, name=name, hint=hint)
 
 
 # --- provenance

@@ -28,7 +28,7 @@ class PluginStatus:
 
     Attributes:
         name: the entry point's name, None where it cannot be read.
-        kind: strategy, plugin or demo.
+        kind: strategy, plugin, demo or format.
         distribution: the package, or the place of its metadata.
         version: the package's version.
         api: the generation of the plugin API; None before loading.
