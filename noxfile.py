@@ -55,5 +55,19 @@ def build(session: nox.Session) -> None:
     _python(session, "twine", "check", "--strict", *sorted(str(path) for path in dist.iterdir() if path.name != ".gitignore"))
 
 
+@nox.session(venv_backend="none", default=False)
+def bench(session: nox.Session) -> None:
+    """Measure speed, memory and scale against the peers, and write the page and the picture; arguments go to the program."""
+    arguments = session.posargs or [
+        "--json",
+        "benchmarks/results.json",
+        "--plot",
+        "benchmarks/results.png",
+        "--readme",
+        "benchmarks/README.md",
+    ]
+    _python(session, "benchmarks", *arguments)
+
+
 def _python(session: nox.Session, module: str, *arguments: str) -> None:
     session.run(sys.executable, "-m", module, *arguments)

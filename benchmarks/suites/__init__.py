@@ -1,0 +1,19 @@
+"""One file per question; each gives its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.plan import Settings, Task
+from benchmarks.suites import enabling, evaluating, growth, importing, memory, states, training
+
+#: The suites by name, in the order in which they run.
+SUITES: dict[str, Callable[[Settings], list[Task]]] = {
+    "import": importing.tasks,
+    "enable": enabling.tasks,
+    "state": states.tasks,
+    "growth": growth.tasks,
+    "memory": memory.tasks,
+    "eval": evaluating.tasks,
+    "train": training.tasks,
+}

@@ -1,0 +1,48 @@
+"""What importing a library takes once torch is there; a new interpreter each time."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from functools import partial
+
+from benchmarks.plan import Record, Settings, Task
+
+#: The code behind each name; what GIFt loads on first use is used.
+STATEMENTS = {
+    "GIFt": "import gift_core as g, gift_lora_plugin as p; (g.enable_fine_tuning, g.save_adapter, g.merge, p.LoRA)",
+    "loralib": "import loralib",
+    "LyCORIS": "import lycoris",
+    "PEFT": "import peft",
+}
+MODULES = {"GIFt": "gift_lora_plugin", "loralib": "loralib", "LyCORIS": "lycoris", "PEFT": "peft"}
+
+PROGRAM = "import time, torch; start = time.perf_counter(); {}; print((time.perf_counter() - start) * 1e3)"
+
+
+def tasks(settings: Settings) -> list[Task]:
+    """One task for all of them."""
+    return [Task("import", 50, partial(measure, 2 if settings.quick else 4))]
+
+
+def measure(rounds: int, record: Record) -> None:
+    """Import each library in an interpreter of its own, in turn."""
+    installed = [name for name in STATEMENTS if importlib.util.find_spec(MODULES[name]) is not None]
+    record.leave_out("import", {name: f"{MODULES[name]} is not installed" for name in STATEMENTS if name not in installed})
+    for name in installed:
+        milliseconds(STATEMENTS[name])  # the file cache is warm from here on
+    samples: dict[str, list[float]] = {name: [] for name in installed}
+    for done in range(rounds):
+        first = done % len(installed)
+        for name in installed[first:] + installed[:first]:
+            samples[name].append(milliseconds(STATEMENTS[name]))
+    record.add("import/after torch", "ms", samples)
+
+
+def milliseconds(statement: str) -> float:
+    """How long a statement takes in a new interpreter that has torch."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM.format(statement)], capture_output=True, text=True, encoding="utf-8", check=True
+    )
+    return float(done.stdout.split()[-1])
