@@ -283,13 +283,18 @@ def _merged_property(name: str) -> property:
     key = _merged_name(name)
 
     def get(self: nn.Module) -> Tensor | None:
-        if not torch.compiler.is_compiling():
-            if self.training and torch.is_grad_enabled():
-                raise StateError("the model is merged, so training would not reach its adapters: call unmerge(model) first.")
-            if not _is_current(self):
-                set_merged(self, False)
-                set_merged(self, True)
-        return self._buffers[key]
+        if torch.compiler.is_compiling():
+            return self._buffers[key]
+        merged, stamp = self._buffers.get(key), self.__dict__.get("_gift_merge_stamp")
+        if merged is None or stamp is None:
+            return effective_weight(self, name)  # another thread unmerges just now
+        if self.training and torch.is_grad_enabled():
+            raise StateError("the model is merged, so training would not reach its adapters: call unmerge(model) first.")
+        if not _is_current(self, stamp):
+            set_merged(self, False)
+            set_merged(self, True)
+            return self._buffers[key]
+        return merged
 
     return property(get)
 
@@ -327,10 +332,9 @@ def _stamp(module: nn.Module) -> tuple[tuple[nn.Parameter, Tensor, int], ...]:
     return tuple((parameter, parameter.detach(), _version(parameter)) for parameter in parameters)
 
 
-def _is_current(module: nn.Module) -> bool:
+def _is_current(module: nn.Module, then: tuple[tuple[nn.Parameter, Tensor, int], ...]) -> bool:
     """Whether nothing was written or replaced since merging: by an optimizer, a load, a move, another adapter's tensors."""
     now = [parameter for parameter in module._parameters.values() if parameter is not None]
-    then: Any = module._gift_merge_stamp
     return len(now) == len(then) and all(
         parameter is read and version == _version(parameter) and _address(parameter) == _address(data)
         for parameter, (read, data, version) in zip(now, then, strict=True)

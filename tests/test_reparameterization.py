@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from gift_core import Reparameterization, adopt, enable_fine_tuning
+from gift_core import Reparameterization, adopt, adopted_weight, enable_fine_tuning
 from gift_core.errors import ModelError, SiteError, StateError
 from gift_core.factories import everything, is_instance, is_root, parameter_name_is, reparameterize
 from gift_core.reparameterization import adoptions_of, original_class_of, set_merged
@@ -716,6 +716,29 @@ def test_names_are_kept_apart() -> None:
 
     assert own == {"gate", "mixer.weight", "matrix_gate", "matrix_mixer.weight"}
     assert {key for key, _ in case.layer.named_buffers()} == {"remembered", "matrix_remembered"}
+
+
+def test_a_method_can_ask_which_weight_it_serves() -> None:
+    """In both functions a method learns the layer and the parameter's name that it is called for."""
+    asked = []
+
+    class Asking(Reparameterization):
+        def init_parameters(self, weight: Tensor) -> None:
+            asked.append(adopted_weight(self))
+
+        def reparameterize(self, weight: Tensor) -> Tensor:
+            asked.append(adopted_weight(self))
+            return weight
+
+    linear, recurrent = nn.Linear(3, 2), nn.GRUCell(3, 2)
+    adopt(linear, Asking)
+    adopt(recurrent, Asking, ["weight_hh"])
+    assert linear.weight is not None
+    assert recurrent.weight_hh is not None
+
+    assert [(id(layer), name) for layer, name in asked] == [
+        (id(layer), name) for _ in range(2) for layer, name in ((linear, "weight"), (recurrent, "weight_hh"))
+    ]
 
 
 @pytest.mark.parametrize("order", [("weight_ih_l0", "weight_hh_l0"), ("weight_hh_l0", "weight_ih_l0")], ids=str)

@@ -126,3 +126,124 @@ def test_what_trains_is_as_much(name: str) -> None:
     ours, theirs, _ = pair(name, torch.float32)
 
     assert sum(p.numel() for p in ours.parameters()) == theirs.get_nb_trainable_parameters()[0]
+
+
+# --- variants
+
+#: What the strategy calls a variant, and what PEFT does; PEFT decomposes in single precision, and no double-precision weights.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rslora": ({"use_rslora": True}, {"use_rslora": True}),
+    "dora": ({"use_dora": True}, {"use_dora": True}),
+    "pissa": ({"init": "pissa"}, {"init_lora_weights": "pissa"}),
+    "olora": ({"init": "olora"}, {"init_lora_weights": "olora"}),
+    "rslora, dora": ({"use_rslora": True, "use_dora": True}, {"use_rslora": True, "use_dora": True}),
+    "rslora, pissa": ({"use_rslora": True, "init": "pissa"}, {"use_rslora": True, "init_lora_weights": "pissa"}),
+}
+VARIANT_LAYERS = {name: LAYERS[name] for name in ("linear", "linear without bias", "3x3", "1d")}
+
+
+def variant_pair(layer: str, variant: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """One layer tuned by each library with one variant in single precision, both at their start, and an input."""
+    build, conv_layout, shape = LAYERS[layer]
+    ours, theirs = VARIANTS[variant]
+    torch.manual_seed(0)
+    base = nn.Sequential(build())
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], bias="none", **theirs)
+    other = peft.get_peft_model(copy.deepcopy(base), config)
+    enable_fine_tuning(base, LoRAAllFineTuningStrategy(RANK, ALPHA, conv_layout=conv_layout, **ours))
+    return base, other, torch.randn(shape)
+
+
+def tensor_pairs(ours: nn.Module, theirs: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """The tensors that train, ours and PEFT's."""
+    mine, layer = ours[0], theirs.base_model.model[0]  # type: ignore[index, union-attr]
+    pairs = [(mine.lora_A, layer.lora_A["default"].weight), (mine.lora_B, layer.lora_B["default"].weight)]
+    if hasattr(mine, "lora_magnitude"):
+        pairs.append((mine.lora_magnitude, layer.lora_magnitude_vector["default"].weight))
+    return pairs
+
+
+@pytest.mark.parametrize("layer", VARIANT_LAYERS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "olora" not in name and "pissa" not in name])
+def test_variants_are_pefts(variant: str, layer: str) -> None:
+    """With the same numbers moved by the same amounts, outputs, gradients and merged weights of a variant are PEFT's."""
+    ours, theirs, x = variant_pair(layer, variant)
+    with torch.no_grad():
+        for mine, other in tensor_pairs(ours, theirs):
+            mine.add_(torch.randn(mine.shape) * 0.3)
+            other.copy_(mine.reshape(other.shape))
+    compare(ours, theirs, x)
+
+
+@pytest.mark.parametrize("variant", ["pissa", "olora", "rslora, pissa"])
+@pytest.mark.parametrize("layer", ["linear", "linear without bias"])
+def test_starts_from_the_weight_are_pefts(variant: str, layer: str) -> None:
+    """The factors start as PEFT's do, and moved by the same amounts they give PEFT's outputs, without writing into the base."""
+    ours, theirs, x = variant_pair(layer, variant)
+    before = ours[0]._parameters["weight"].clone()  # type: ignore[index, union-attr]
+    for mine, other in tensor_pairs(ours, theirs):
+        assert_close(mine.detach(), other.detach())
+    with torch.no_grad():
+        for mine, other in tensor_pairs(ours, theirs):
+            step = torch.randn(mine.shape) * 0.3
+            mine.add_(step)
+            other.add_(step)
+
+    assert torch.equal(ours[0]._parameters["weight"], before)  # type: ignore[index, union-attr]
+    compare(ours, theirs, x)
+
+
+def compare(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
+    """Outputs, gradients and merged weights agree."""
+    outputs = [model(x) for model in (ours, theirs)]
+    for output in outputs:
+        output.sin().sum().backward()
+
+    assert_close(*outputs)
+    for mine, other in tensor_pairs(ours, theirs):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert_close(mine.grad, other.grad.reshape(mine.shape))
+    weights = [merge_and_unload(ours)[0].weight, theirs.merge_and_unload()[0].weight]  # type: ignore[index, operator]
+    assert_close(weights[0].detach(), weights[1].detach())
+
+
+def test_dora_of_an_embedding_is_pefts() -> None:
+    """A table's magnitudes are one per dimension in both libraries, whose factors are each other's transposes."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(9, 7))
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], use_dora=True)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    enable_fine_tuning(base, LoRAAllFineTuningStrategy(RANK, ALPHA, targets="0", use_dora=True))
+    mine: Any = base[0]
+    layer = theirs.base_model.model[0]
+    x = torch.tensor([[1, 2, 2], [0, 3, 8]])
+    with torch.no_grad():
+        for tensor in (mine.lora_A, mine.lora_B, mine.lora_magnitude):
+            tensor.add_(torch.randn(tensor.shape) * 0.3)
+        layer.lora_embedding_A["default"].copy_(mine.lora_B.T)
+        layer.lora_embedding_B["default"].copy_(mine.lora_A.T)
+        layer.lora_magnitude_vector["default"].weight.copy_(mine.lora_magnitude)
+
+    assert_close(base(x), theirs(x))
+
+
+@pytest.mark.parametrize("layer", ["linear", "linear without bias"])
+def test_dropout_of_dora_is_pefts(layer: str) -> None:
+    """With the same random numbers, DoRA drops what PEFT's does: the input of the whole change, the magnitude's included."""
+    build, _, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    base = nn.Sequential(build())
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.4, target_modules=["0"], use_dora=True)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    enable_fine_tuning(base, LoRAAllFineTuningStrategy(RANK, ALPHA, 0.4, use_dora=True))
+    with torch.no_grad():
+        for mine, other in tensor_pairs(base, theirs):
+            mine.add_(torch.randn(mine.shape) * 0.3)
+            other.copy_(mine)
+    outputs, x = [], torch.randn(shape)
+    for model in (base, theirs):
+        torch.manual_seed(5)
+        outputs.append(model.train()(x))
+
+    assert_close(*outputs)

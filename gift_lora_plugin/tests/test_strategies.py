@@ -20,6 +20,7 @@ from gift_core import (
     read_adapter_info,
     save_adapter,
     strategy_from_config,
+    strategy_from_file,
 )
 from gift_core.errors import GiftError, GiftWarning, NoMatchError, ParameterError, PatternError
 from gift_core.reparameterization import is_adopted
@@ -59,7 +60,7 @@ class Zoo(nn.Module):
 LINEAR = ["direct", "list.1", "dict.a", "attention.out_proj", "subclass"]
 CONVOLUTIONS = ["sequence.0", "sequence.2.0", "list.0", "dict.b"]
 TAKEN = {
-    "lora": sorted([*LINEAR, *CONVOLUTIONS, "attention", "others.0", "others.3"]),
+    "lora": sorted([*LINEAR, *CONVOLUTIONS, "attention", "others.0", "others.3", "memory"]),
     "lora-linear": sorted([*LINEAR, "dict.b.inner"]),
     "lora-conv": sorted([*CONVOLUTIONS, "others.0"]),
 }
@@ -104,7 +105,7 @@ def test_layers_are_matched_by_type_in_every_place(name: str, zoo: nn.Module) ->
     enable_fine_tuning(zoo, STRATEGIES[name](rank=1))
 
     assert adopted(zoo) == TAKEN[name]
-    prefixes = [f"{path}.in_proj_weight_" if path == "attention" else f"{path}." for path in TAKEN[name]]
+    prefixes = [f"{path}.{weight}" for path in TAKEN[name] for weight in weights(path)]
     assert trainable(zoo) == {f"{prefix}{part}" for prefix in prefixes for part in ("lora_A", "lora_B")}
 
 
@@ -211,7 +212,7 @@ def test_trained_biases_are_saved_and_given_back(tmp_path: Any) -> None:
         (r"re:(sequence|dict)\..*", "sequence.2", ["dict.a", "dict.b", "sequence.0"]),
         ("layer:1", None, ["list.1", "others.1"]),
         # what is left out by type is walked into, and its child is a layer of its own
-        (None, ["attention", "type:_ConvNd", "list", "others", "memory"], ["dict.a", "dict.b.inner", "direct", "others.3", "subclass"]),
+        (None, ["attention", "type:_ConvNd", "list", "others", "memory"], ["dict.a", "dict.b.inner", "direct", "subclass"]),
         ("dict", "type:Conv2d", ["dict.a", "dict.b.inner"]),
         ("dict", "dict.b", ["dict.a"]),
     ],
@@ -258,6 +259,10 @@ def test_a_model_without_such_layers_is_refused(name: str, model: nn.Module) -> 
         *(("lora_dropout", value) for value in (-0.1, 1, 1.0, 2, float("nan"), "0.1", None, True)),
         *(("train_bias", value) for value in (1, None, "yes", "all")),
         *(("conv_layout", value) for value in ("Balanced", "", None, 0)),
+        *((flag, value) for flag in ("use_rslora", "use_dora", "freeze_A") for value in (1, None, "yes")),
+        *(("init", value) for value in ("gaussian", None, True, 0)),
+        *(("adapter_dtype", value) for value in ("float16", "fp32", True, torch.float32)),
+        *((rules, value) for rules in ("rank_pattern", "alpha_pattern", "dropout_pattern") for value in ({}, "a", [("a", 1)], 3)),
     ],
 )
 def test_bad_parameters_are_refused(strategy: type[Any], name: str, value: Any) -> None:
@@ -270,7 +275,32 @@ def test_bad_parameters_are_refused(strategy: type[Any], name: str, value: Any) 
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("name", ["targets", "exclude"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("attention", value) for value in ("q", [], ["q", "q"], ["query"], None, [1])),
+        *(("parameter_layout", value) for value in ("in", None, True)),
+    ],
+)
+def test_bad_parameters_of_the_whole_are_refused(name: str, value: Any) -> None:
+    """So are those that the strategy for every layer alone has."""
+    with pytest.raises(ParameterError, match=name) as caught:
+        LoRAAllFineTuningStrategy(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "value"), [("rank_pattern", 0, "0"), ("alpha_pattern", "8", "'8'"), ("dropout_pattern", 1.5, "1.5")]
+)
+def test_a_bad_value_of_a_pattern_is_named(name: str, bad: Any, value: str) -> None:
+    """A value that the parameter could not have is refused with the pattern that it stands at."""
+    with pytest.raises(ParameterError) as caught:
+        LoRAAllFineTuningStrategy(**{name: {"0": bad}})
+    assert str(caught.value).startswith(f"{name}['0'] must be")
+    assert f"got {value}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["targets", "exclude", "parameters"])
 @pytest.mark.parametrize("value", [[], "", [""], 3, [None], "re:[", "layer:x", "type:"])
 def test_bad_patterns_are_refused(name: str, value: Any) -> None:
     """A malformed pattern is refused when the strategy is made."""
@@ -295,13 +325,75 @@ def test_dropout_where_attention_reads_the_weight_is_told() -> None:
         enable_fine_tuning(nn.TransformerEncoderLayer(8, 2, 16), LoRAAllFineTuningStrategy(rank=1, lora_dropout=0.1))
 
 
+# --- values by pattern
+
+
+def test_ranks_go_by_pattern(zoo: nn.Module) -> None:
+    """The first pattern that matches a layer gives its rank, alpha and dropout; the others keep the strategy's own."""
+    strategy = LoRAAllFineTuningStrategy(
+        rank=1,
+        lora_alpha=4,
+        targets=["direct", "list", "dict", "attention"],
+        rank_pattern={"list.0": 3, "list": 2, "attention": 4, "type:OwnConv": 1},
+        alpha_pattern={"re:dict.*": 6.0},
+        dropout_pattern={"direct": 0.25},
+    )
+    enable_fine_tuning(zoo, strategy)
+    layers: dict[str, Any] = dict(zoo.named_modules())
+
+    assert {name: layers[name].lora_A.shape[-2] for name in ("direct", "list.0", "list.1", "dict.b")} == {
+        "direct": 1,
+        "list.0": 3,
+        "list.1": 2,
+        "dict.b": 1,
+    }
+    assert layers["attention"].in_proj_weight_lora_A.shape == (3, 4, 4)
+    assert [layers[name].lora_scaling for name in ("direct", "list.0", "dict.a", "attention.out_proj")] == [4.0, 4 / 3, 6.0, 1.0]
+    assert [layers[name].lora_dropout for name in ("direct", "list.1")] == [0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"), [("dirct", "Did you mean direct"), ("others.2", "adapts none of them"), ("others.1", "adapts none of them")]
+)
+def test_a_pattern_for_no_adapted_layer_is_refused(pattern: str, says: str, zoo: nn.Module) -> None:
+    """A rule that would apply nowhere is an error that names it, with the nearest names or the reason; nothing changes."""
+    with pytest.raises(NoMatchError, match=pattern) as caught:
+        enable_fine_tuning(zoo, LoRAAllFineTuningStrategy(rank=1, rank_pattern={pattern: 2}))
+    assert says in str(caught.value)
+    assert adopted(zoo) == []
+
+
+def test_patterns_travel_in_files(tmp_path: Any) -> None:
+    """Patterns, in their order, are in the adapter file, which loads into a plain model; a strategy file may hold them too."""
+    model, x = image_model(), torch.randn(2, 3, 8, 8)
+    fresh = copy.deepcopy(model)
+    strategy = LoRAAllFineTuningStrategy(rank=1, rank_pattern={"[3-6]": 2, "*": 3}, alpha_pattern={"6": 5})
+    enable_fine_tuning(model, strategy)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    (tmp_path / "tuning.toml").write_text('strategy = "lora"\n[parameters]\nrank_pattern = {"[3-6]" = 2, "*" = 3}\nrank = 1\n')
+
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    load_adapter(fresh, tmp_path / "adapter.safetensors")
+
+    assert [fresh[at].lora_A.shape[0] for at in (0, 3, 6)] == [3, 2, 2]
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+    assert strategy_from_config(strategy.to_config()) == strategy
+    assert str(plan_fine_tuning(image_model(), strategy_from_file(tmp_path / "tuning.toml"))).count("rank=1")
+
+
 # --- strategies as data
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_survives_as_plain_data(name: str, zoo: nn.Module) -> None:
     """A strategy rebuilt from its config, or from a pickle, plans the same and prints the same."""
-    strategy = STRATEGIES[name](rank=1, lora_alpha=2.5, train_bias=True, exclude=["attention"], conv_layout="out_as_h")
+    variant = {"use_rslora": True, "use_dora": True, "init": "orthogonal", "freeze_A": True, "adapter_dtype": "float32"}
+    rules = {"rank_pattern": {"*": 2}, "alpha_pattern": {"type:Module": 1.5}}
+    strategy = STRATEGIES[name](
+        rank=1, lora_alpha=2.5, train_bias=True, exclude="attention", conv_layout="out_as_h", **variant, **rules
+    )
 
     for twin in (strategy_from_config(strategy.to_config()), pickle.loads(pickle.dumps(strategy)), copy.deepcopy(strategy)):
         assert type(twin) is type(strategy)

@@ -616,6 +616,17 @@ def test_autocast_starts_as_the_base(kind: str, variant: str) -> None:
     assert_close(found, answer(layer, inputs), torch.bfloat16)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_leaves_embeddings_alone(variant: str) -> None:
+    """A frozen table is read in its own precision under autocast, and so is an adapted one."""
+    layer, inputs = adapted("embedding", variant, torch.float32), inputs_of("embedding")
+    move(layer)
+    expected = answer(layer, inputs)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(answer(layer, inputs), expected)
+
+
 # --- the type of the adapter
 
 
@@ -650,6 +661,8 @@ def test_embeddings_keep_their_settings(settings: dict[str, Any], variant: str) 
     """With each setting an embedding gives the answers and gradients that a plain one gives through the effective weight."""
     torch.manual_seed(0)
     layer = nn.Embedding(9, 5, **settings).double()
+    with torch.no_grad():
+        layer.weight.add_(0.5)  # torch makes padding zero, which would hide a gradient
     before = layer.weight.detach().clone()
     (x,) = tokens()
     adopt(layer, LoRA, rank=RANK, alpha=ALPHA, **VARIANTS[variant])

@@ -1,7 +1,7 @@
 """When a backward pass written by hand may stand in for autograd's own.
 
-The fast paths of `low_rank_linear` and `low_rank_conv` are for plain training and inference. Whatever transforms, traces or
-differentiates the computation in another way gets the reference formula, which torch understands.
+The fast path of `low_rank_linear` is for plain training and inference. Whatever transforms, traces or differentiates
+the computation in another way gets the reference formula, which torch understands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def may_fuse(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor,
     It does not under `torch.compile` and `torch.export` (the compiler fuses better than we do), `torch.jit.trace`, `torch.func`
     transforms, and forward-mode differentiation, on a device without kernels, and on tensor subclasses such as a DTensor.
     """
-    if torch.compiler.is_compiling() or _under_functorch() or torch.jit.is_tracing() or getattr(forward_ad, "_current_level", -1) >= 0:
+    if torch.compiler.is_compiling() or _under_functorch() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if getattr(forward_ad, "_current_level", -1) >= 0:
         return False
     tensors = (input, weight, lora_A, lora_B)
     if not all(type(tensor) in _PLAIN for tensor in tensors) or not input.is_floating_point() or not weight.is_floating_point():
@@ -53,7 +55,7 @@ def kept(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0, mask: Tensor | None = None) -> None:
-    """Add ``scaling * left @ right`` to ``out`` in place, where the mask keeps it; without a temporary of its size where that can be."""
+    """Add ``scaling * left @ right`` to ``out`` in place, where the mask keeps it, if possible without a temporary of its size."""
     if mask is None and out.dtype == left.dtype:
         out.addmm_(left, right, alpha=scaling)
     else:

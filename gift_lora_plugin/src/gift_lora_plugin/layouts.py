@@ -112,7 +112,8 @@ class Layout:
         """The norm of a weight for each output, ``(outputs,)``: over everything but the output axes, in the weight's dtype."""
         spread = self._adapted(weight.reshape(self.view))
         others = [axis for axis in range(len(self.view)) if axis not in self.output_axes]
-        return torch.linalg.vector_norm(spread, dim=others).flatten()
+        norms: Tensor = torch.linalg.vector_norm(spread, dim=others)
+        return norms.flatten()
 
     def along_outputs(self, values: Tensor) -> Tensor:
         """One number for each output, ``(outputs,)``, in a shape that multiplies the weight; one where nothing is adapted."""

@@ -5,6 +5,7 @@ Nothing here knows modules, caps or plugins.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,10 +37,11 @@ def low_rank_linear(
 
     Source: Hu et al. 2022, arXiv:2106.09685, equation 3.
     """
-    return _path(input, weight, bias, lora_A, lora_B, dropout)(input, weight, bias, lora_A, lora_B, scaling, dropout)
+    path = _path(input, weight, bias, lora_A, lora_B, dropout)
+    return path(input, weight, bias, lora_A, lora_B, scaling, dropout)
 
 
-def _path(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout: float) -> Any:
+def _path(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout: float) -> Callable[..., Tensor]:
     """Choose among the functions below, which give the same numbers.
 
     The effective weight takes the fewest calls, and is best where calls are what costs. Elsewhere its gradient would cost as much
@@ -56,7 +58,8 @@ def _path(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lo
         and lora_A.dtype == weight.dtype
     ):
         return _by_effective_weight
-    return _fused if may_fuse(input, weight, bias, lora_A, lora_B) else _reference
+    # what survives dropout is scaled by 1 / (1 - dropout), which has no value where nothing does
+    return _fused if dropout < 1 and may_fuse(input, weight, bias, lora_A, lora_B) else _reference
 
 
 def _reference(
@@ -77,10 +80,13 @@ def _by_effective_weight(
 def _fused(
     input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
 ) -> Tensor:
-    mask = draw_mask(input, dropout)
-    tensors = as_autocast(input, weight, bias, lora_A, lora_B)
-    output: Tensor = _LowRankLinear.apply(*tensors, scaling / (1 - dropout), mask)  # type: ignore[no-untyped-call]
-    return output
+    # Rows, because a view made inside the node could not be written into by an activation that follows. An input of other strides
+    # stays as it is, and gives no view; torch takes another kernel for it, and every bit has to be the frozen layer's.
+    rows = input.view(-1, weight.shape[1]) if input.is_contiguous() else input
+    mask = draw_mask(rows, dropout)
+    tensors = as_autocast(rows, weight, bias, lora_A, lora_B)
+    output: Tensor = _LowRankLinear.apply(*tensors, scaling / (1 - dropout), mask)
+    return output if output.dim() == input.dim() else output.view(*input.shape[:-1], weight.shape[0])
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -92,7 +98,7 @@ class _LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor,
@@ -102,17 +108,16 @@ class _LowRankLinear(torch.autograd.Function):
         scaling: float,
         mask: Tensor | None,
     ) -> Tensor:
-        # of the input as it is, so that the kernel, and with it every bit, is the frozen layer's
         output = F.linear(input, weight, bias)
-        rows = output.reshape(-1, weight.shape[0])
+        rows = output.view(-1, weight.shape[0])
         hidden = lora_A @ _thin_rows(input, mask, lora_A).t()
         add_product(rows, hidden.t(), lora_B.t(), scaling)
         ctx.save_for_backward(input, weight, lora_A, lora_B, mask, hidden)
         ctx.scaling = scaling
-        return rows.view(output.shape)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input, weight, lora_A, lora_B, mask, hidden = ctx.saved_tensors
         needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         grad = grad.reshape(-1, weight.shape[0])

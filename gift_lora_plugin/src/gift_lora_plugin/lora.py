@@ -297,8 +297,9 @@ class EmbeddingLoRA(LoRA):
 
     def _rows(self, input: Tensor, base: Tensor) -> Tensor:
         lora_B, lora_A = self.factors()
-        # never sparse, because A's gradient is dense and few optimizers take both
-        update = F.embedding(input, lora_B, self.padding_idx) @ lora_A  # type: ignore[arg-type]
+        with own_precision(base.device.type):  # autocast leaves the frozen rows alone, too
+            # never sparse, because A's gradient is dense and few optimizers take both
+            update = F.embedding(input, lora_B, self.padding_idx) @ lora_A  # type: ignore[arg-type]
         return torch.add(base, update, alpha=self.lora_scaling)
 
     def _rescaled(self, input: Tensor, base: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""`low_rank_conv` against torch's own layers holding the effective weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gift_lora_plugin.convolution import low_rank_conv
+from gift_lora_plugin.lowrank import CONV_LAYOUTS, matrix_shape
+
+SCALING = 0.7
+LAYERS = {
+    "plain": lambda: nn.Conv2d(4, 6, 3),
+    "1x1, strided": lambda: nn.Conv2d(4, 6, 1, stride=2),
+    "uneven": lambda: nn.Conv2d(4, 6, (2, 3), stride=(2, 1), padding=(2, 0), dilation=(1, 2)),
+    "groups": lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1),
+    "no bias": lambda: nn.Conv2d(4, 6, 3, bias=False),
+    "same": lambda: nn.Conv2d(4, 6, (2, 3), padding="same"),
+    "valid": lambda: nn.Conv2d(4, 6, 3, padding="valid"),
+    "circular": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
+    "reflect, same": lambda: nn.Conv2d(4, 6, (2, 3), padding="same", padding_mode="reflect"),
+    "replicate": lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="replicate"),
+    "one dimension": lambda: nn.Conv1d(4, 6, 3, padding=1),
+    "three dimensions": lambda: nn.Conv3d(4, 6, (1, 2, 3), padding=1),
+}
+
+
+def draw(layer: nn.Module, conv_layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """An input and the two factors for the layer, all of them to be trained."""
+    rows, columns = matrix_shape(layer.weight.shape, conv_layout)
+    shapes = [(2, 4, *[7] * (layer.weight.dim() - 2)), (2, columns), (rows, 2)]
+    return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+def tuned(layer: nn.Module, input: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: float = 0.0) -> Tensor:
+    """The function under test, with the settings of the layer."""
+    settings = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+    return low_rank_conv(input, layer.weight, layer.bias, lora_A, lora_B, SCALING, dropout, **settings)
+
+
+def oracle(layer: nn.Module, input: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """The layer itself with the effective weight."""
+    effective = layer.weight + SCALING * (lora_B @ lora_A).view(layer.weight.shape)
+    return torch.func.functional_call(layer, {"weight": effective}, (input,))
+
+
+def with_gradients(output: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """The output, and the gradients of the tensors."""
+    weights = torch.arange(output.numel(), dtype=torch.float64).cos().view(output.shape)
+    return [output, *torch.autograd.grad((output * weights).sum(), tensors)]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # torch's own, of its own layer too
+@pytest.mark.parametrize("conv_layout", CONV_LAYOUTS)
+@pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
+def test_it_is_the_layer_with_the_effective_weight(build, conv_layout):
+    """For every setting of a convolution, numbers and gradients are those of the layer holding the effective weight."""
+    torch.manual_seed(0)
+    layer = build().double().requires_grad_(False)
+    tensors = draw(layer, conv_layout)
+
+    got = with_gradients(tuned(layer, *tensors), tensors)
+
+    torch.testing.assert_close(got, with_gradients(oracle(layer, *tensors), tensors))
+
+
+def test_channels_last_and_an_empty_batch():
+    """The memory format of the input changes no number, and a batch of none gives none."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3).double().requires_grad_(False)
+    tensors = draw(layer, "balanced")
+    input, *factors = tensors
+    channels_last = input.detach().to(memory_format=torch.channels_last).requires_grad_(True)
+
+    got = with_gradients(tuned(layer, channels_last, *factors), (channels_last, *factors))
+
+    torch.testing.assert_close(got, with_gradients(oracle(layer, *tensors), tensors))
+    assert tuned(layer, input[:0], *factors).shape == (0, 6, 5, 5)
+
+
+def test_dropout_is_of_the_input_of_the_update_alone():
+    """With everything dropped the layer is the frozen one; the seed decides what is dropped."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3).double().requires_grad_(False)
+    tensors = draw(layer, "balanced")
+
+    def seeded() -> Tensor:
+        torch.manual_seed(1)
+        return tuned(layer, *tensors, dropout=0.5)
+
+    torch.testing.assert_close(tuned(layer, *tensors, dropout=1.0), layer(tensors[0]))
+    assert torch.equal(seeded(), seeded())
+    assert not torch.allclose(seeded(), tuned(layer, *tensors))
+
+
+SIZES = {
+    "thin, on the image": (4, 6, 7, {}),
+    "weight": (4, 6, 40, {}),
+    "thin, on the input": (2, 6, 40, {"stride": 2}),
+    "border beyond the kernel": (4, 6, 7, {"padding": 3}),
+    "pointwise": (4, 6, 7, {"kernel_size": 1}),
+    "strided, dilated": (4, 6, 9, {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 2)}),
+}
+
+
+def of_size(name: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A layer, and an input and factors for it, of the size that takes one of the ways through the function."""
+    channels, out, side, settings = SIZES[name]
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, out, **({"kernel_size": 3} | settings)).to(dtype).requires_grad_(False)
+    rows, columns = matrix_shape(layer.weight.shape, "out_as_h")
+    shapes = [(2, channels, side, side), (2, columns), (rows, 2)]
+    return layer, tuple(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 6e-2), (torch.float16, 1e-2)]
+)
+def test_every_way_gives_the_same_numbers(name, dtype, tolerance):
+    """Whichever way the sizes choose, numbers and gradients are the oracle's in every precision, relative to the largest."""
+    layer, tensors = of_size(name, dtype)
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
+
+    got = with_gradients(tuned(layer, *tensors), tensors)
+    expected = with_gradients(oracle(layer.double(), *exact), exact)
+
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_gradients_of_gradients(name):
+    """The backward pass can be differentiated again, whichever way was taken."""
+    layer, tensors = of_size(name, torch.float64)
+    small = tuple(tensor.detach()[..., :8, :8].clone().requires_grad_() if tensor.dim() == 4 else tensor for tensor in tensors)
+
+    assert torch.autograd.gradcheck(lambda *given: tuned(layer, *given), small)
+    assert torch.autograd.gradgradcheck(lambda *given: tuned(layer, *given), small)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_no_weight_of_full_size_is_kept(name):
+    """For the backward pass the layer keeps its input, its parameters, and at most a thin image."""
+    layer, tensors = of_size(name, torch.float32)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+        output = tuned(layer, *tensors)
+    own = {tensor.data_ptr() for tensor in (layer.weight, *tensors)}
+    extra = [pointer for pointer in kept if pointer not in own]
+
+    assert output.requires_grad
+    assert len(extra) <= 1
+
+
+def test_autocast():
+    """Under autocast the layer computes in the lower precision, as the frozen layer does, and gives float32 gradients."""
+    layer, tensors = of_size("thin, on the image", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tuned(layer, *tensors)
+        plain = oracle(layer, *tensors)
+    gradients = torch.autograd.grad(output.float().sum(), tensors)
+
+    assert output.dtype == plain.dtype == torch.bfloat16
+    assert (output - plain).abs().max() <= 6e-2 * plain.abs().max()
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
