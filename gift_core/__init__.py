@@ -21,6 +21,7 @@ _HOME = {
     "info": ("Report", "collect_trainable_parameters", "table_info"),
     "iterator": ("ModuleIterator", "ModuleSite", "ParameterSite"),
     "merging": ("merge", "merge_and_unload", "merged", "unmerge"),
+    "optimizers": ("OptimizerReport", "check_optimizer"),
     "plan": ("TuningPlan", "plan_fine_tuning"),
     "plugins": ("isolated_plugins", "plugin_settings", "register_plugin", "register_strategy"),
     "plugins.hooks": ("hookimpl",),
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from gift_core.info import Report, collect_trainable_parameters, table_info
     from gift_core.iterator import ModuleIterator, ModuleSite, ParameterSite
     from gift_core.merging import merge, merge_and_unload, merged, unmerge
+    from gift_core.optimizers import OptimizerReport, check_optimizer
     from gift_core.plan import TuningPlan, plan_fine_tuning
     from gift_core.plugins import isolated_plugins, plugin_settings, register_plugin, register_strategy
     from gift_core.plugins.hooks import hookimpl
@@ -64,6 +66,7 @@ __all__ = [
     "GiftWarning",
     "ModuleIterator",
     "ModuleSite",
+    "OptimizerReport",
     "ParameterSite",
     "Reparameterization",
     "Report",
@@ -72,6 +75,7 @@ __all__ = [
     "adopt",
     "adopted_weight",
     "atomic_path",
+    "check_optimizer",
     "collect_trainable_parameters",
     "disable_fine_tuning",
     "enable_fine_tuning",

@@ -154,7 +154,10 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
             f"{path} was made with a strategy that has no registered name ({info.strategy_text}): enable that strategy, then load."
         )
     if structure_digest(module) != info.structure:
-        raise AdapterMismatchError(f"{path} is for another base model: its names and shapes differ from {type(module).__name__}'s.")
+        raise AdapterMismatchError(
+            f"{path} is for another base model: its names and shapes differ from {type(module).__name__}'s. "
+            "Load it into the model that it was trained on."
+        )
     with _generators_kept(), contextlib.nullcontext() if trusted else _distrust(info):
         enable_fine_tuning(module, _strategy(info))
     try:

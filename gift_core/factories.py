@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -217,10 +216,16 @@ def selects(targets: str | Iterable[str] | None = None, exclude: str | Iterable[
         PatternError: if a pattern is malformed or a list is empty.
     """
     wanted, unwanted = as_patterns(targets, "targets"), as_patterns(exclude, "exclude")
-    check = everything() if wanted is None else reduce(Check.__or__, [lies_in(pattern) for pattern in wanted])
-    for pattern in unwanted or ():
-        check &= ~lies_in(pattern)
-    return check
+    chosen = everything() if wanted is None else _joined(Check.__or__, [lies_in(pattern) for pattern in wanted])
+    return chosen if unwanted is None else chosen & _joined(Check.__and__, [~lies_in(pattern) for pattern in unwanted])
+
+
+def _joined(join: Callable[[Check, Check], Check], checks: list[Check]) -> Check:
+    # as a tree: a chain of a thousand would be deeper than Python follows
+    if len(checks) == 1:
+        return checks[0]
+    half = (len(checks) + 1) // 2
+    return join(_joined(join, checks[:half]), _joined(join, checks[half:]))
 
 
 _FACTORIES: dict[str, Callable[..., Check]] = {

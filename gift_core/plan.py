@@ -206,7 +206,11 @@ class _Walk:
         if holder is not None:
             return f"{site_name(*site)} belongs to {holder or 'the root'!r}, which an earlier cap took"
         alias = next((pair for pair in self.shared if pair.startswith(f"{site.full_name} = ")), None)
-        return f"{site_name(*site)} is another name ({alias})" if alias else f"{site_name(*site)} is of no kind that it adapts"
+        return (
+            f"{site_name(*site)} is another name ({alias})"
+            if alias
+            else f"{site_name(*site)} is of no kind that it adapts, so leave it out"
+        )
 
     def _report(self) -> Report:
         cautions: dict[str, list[str]] = {}

@@ -3,6 +3,10 @@
 The hooks live on the tuned root and get torch's prefix, so that they work at any depth (a child of a larger model, DDP, torch.compile).
 They are module-level functions, so that copies and pickles of a model carry them.
 
+Torch's own way takes time with the square of the layers, and copies the frozen base onto itself. Where every layer saves and loads as
+`torch.nn.Module` does, `TrainedStateDict` and `LoadsTrainedPart` therefore do the same in one pass; everything else, errors
+included, goes torch's way and through the hooks.
+
 A tensor of the base that is absent from a state dict means "the base's own". Statistics of normalisation layers are always part of the
 trained part; any other persistent buffer is, once its value differs from the base's.
 """
@@ -10,13 +14,16 @@ trained part; any other persistent buffer is, once its value differs from the ba
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, MutableMapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, MutableMapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from gift_core.errors import StateDictError
+from gift_core.iterator import walk_modules
 from gift_core.record import Original, Tuning, find_tuning, named_tensors, tuned_root, tuning_of
 
 StateDict = MutableMapping[str, Any]
@@ -26,6 +33,107 @@ def install_hooks(root: nn.Module) -> None:
     """Let ``root.state_dict()`` give the trained part, and ``load_state_dict`` take it back."""
     root.register_state_dict_post_hook(_keep_trained_part)
     root.register_load_state_dict_pre_hook(_complete)
+    for name, stand_in in (("state_dict", TrainedStateDict), ("load_state_dict", LoadsTrainedPart)):
+        if name not in vars(root):  # a replacement of the user's own stays
+            setattr(root, name, stand_in(root))
+
+
+class TrainedStateDict:
+    """Stands in for ``root.state_dict``, with its arguments and its answer.
+
+    It holds its owner, so that a deep copy or a pickle of the model gives its own copy's state.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    def __call__(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        root = self.root
+        modules = walk_modules(root)
+        if args or not _is_plain(modules, _SAVING) or list(root._state_dict_hooks.values()) != [_keep_trained_part]:
+            return type(root).state_dict(root, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if destination is None:
+            destination = OrderedDict()
+            destination._metadata = OrderedDict()
+        if hasattr(destination, "_metadata"):
+            names = ((prefix + name if name else prefix[:-1], module) for name, module in modules)
+            destination._metadata.update((name, {"version": module._version}) for name, module in names)
+        left_out = _left_out(tuning_of(root))
+        for key, tensor in _persistent(modules).items():
+            if key not in left_out:
+                destination[prefix + key] = tensor if keep_vars else tensor.detach()
+        return destination
+
+
+class LoadsTrainedPart:
+    """Stands in for ``root.load_state_dict``, with its arguments and its answer. It holds its owner, as `TrainedStateDict` does."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        root = self.root
+        if not assign and isinstance(state_dict, Mapping) and _load_directly(root, tuning_of(root), state_dict):
+            return _IncompatibleKeys([], [])
+        if strict and isinstance(state_dict, Mapping):
+            _refuse_twins(_twins(_persistent(walk_modules(root)), state_dict.keys()))
+        return type(root).load_state_dict(root, state_dict, strict=strict, assign=assign)
+
+
+#: What a module may override or hook to save or load in a way of its own.
+_SAVING = ({"state_dict", "_save_to_state_dict", "get_extra_state"}, ("_state_dict_hooks", "_state_dict_pre_hooks"))
+_LOADING = ({"_load_from_state_dict", "set_extra_state"}, ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"))
+
+_DENSE = frozenset({Tensor, nn.Parameter})
+
+#: A layer of this class adds a counter that an old checkpoint lacks, and else loads as every module does.
+_Norm = nn.modules.batchnorm._NormBase
+
+
+def _is_plain(modules: list[tuple[str, nn.Module]], ways: tuple[set[str], tuple[str, ...]]) -> bool:
+    """Whether all modules save, or load, as `torch.nn.Module` does, apart from the hooks and stand-ins of the root."""
+    methods, hooks = ways
+    plain = {cls: all(_is_torchs(cls, name) for name in methods) for cls in {type(module) for _, module in modules}}
+    states = [vars(module) for _, module in modules[1:]]
+    return all(plain.values()) and not any(state[hook] for hook in hooks for state in states) and all(map(methods.isdisjoint, states))
+
+
+def _is_torchs(cls: type[nn.Module], name: str) -> bool:
+    found = getattr(cls, name)
+    return found is getattr(nn.Module, name) or (name == "_load_from_state_dict" and found is _Norm._load_from_state_dict)
+
+
+def _load_directly(root: nn.Module, tuning: Tuning, state_dict: Mapping[str, Any]) -> bool:
+    """Copy what is given, if it is what the model takes and nothing has a say in it but the model; else change nothing."""
+    modules = walk_modules(root)
+    if not _is_plain(modules, _LOADING) or not _is_hooked_by_us_alone(root) or torch.__future__.get_swap_module_params_on_conversion():
+        return False
+    own, given = _persistent(modules), state_dict.keys()
+    is_base = _is_base(tuning, given)
+    if not given <= own.keys() or _missing(tuning, own.keys(), given, is_base) or _partial(tuning, given):
+        return False
+    if not all(_fits(value, own[key]) for key, value in state_dict.items()):
+        return False
+    values: Mapping[str, Tensor] = state_dict
+    if is_base:
+        _adopt_base_values(tuning, state_dict, "")
+    else:
+        values = _base_buffers(tuning, own) | dict(state_dict)
+    # a tied tensor is under several keys, of which torch writes the last
+    pairs = {id(own[key]): (own[key], value) for key, value in values.items() if own[key] is not value}
+    if pairs:
+        with torch.no_grad():
+            torch._foreach_copy_([target for target, _ in pairs.values()], [value for _, value in pairs.values()])
+    return True
+
+
+def _is_hooked_by_us_alone(root: nn.Module) -> bool:
+    before: list[Any] = list(root._load_state_dict_pre_hooks.values())
+    return [getattr(hook, "hook", None) for hook in before] == [_complete] and not root._load_state_dict_post_hooks
+
+
+def _fits(value: Any, own: Tensor) -> bool:
+    return type(value) in _DENSE and type(own) in _DENSE and value.shape == own.shape and not own.is_meta and not value.is_meta
 
 
 @contextlib.contextmanager
@@ -73,12 +181,16 @@ def moved_buffers(tuning: Tuning) -> set[str]:
 
 
 def _keep_trained_part(module: nn.Module, state_dict: StateDict, prefix: str, local_metadata: dict[str, Any]) -> None:
-    tuning = find_tuning(module)
-    if tuning is None or tuning.full:
-        return
-    moved = moved_buffers(tuning) if tuning.buffers else set()
-    for key in (*tuning.frozen, *(key for key in tuning.buffers if key not in moved)):
-        state_dict.pop(prefix + key, None)
+    if (tuning := find_tuning(module)) is not None:
+        for key in _left_out(tuning):
+            state_dict.pop(prefix + key, None)
+
+
+def _left_out(tuning: Tuning) -> set[str]:
+    """Keys of what is the base's own, and no part of a state dict."""
+    if tuning.full:
+        return set()
+    return {*tuning.frozen, *tuning.buffers} - (moved_buffers(tuning) if tuning.buffers else set())
 
 
 def _complete(
@@ -95,13 +207,15 @@ def _complete(
     tuning = find_tuning(module)
     if tuning is None:
         return
-    own = _persistent(module)
+    own = _persistent(walk_modules(module))
     given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
-    is_base = bool(tuning.frozen) and given.issuperset(tuning.frozen) and given.isdisjoint(tuning.adapter)
+    twins = _twins(own, given)
+    given |= twins.keys()
+    is_base = _is_base(tuning, given)
     if strict:
         _refuse_misfits(tuning, own, given, state_dict, prefix, is_base)
     if is_base:
-        _adopt_base_values(tuning, state_dict, prefix)
+        _adopt_base_values(tuning, {**state_dict, **{prefix + key: state_dict[prefix + twin] for key, twin in twins.items()}}, prefix)
         supplied = {key: own[key] for key in tuning.adapter}
     else:
         supplied = {key: own[key] for key in tuning.frozen} | _base_buffers(tuning, own)
@@ -111,38 +225,76 @@ def _complete(
 
 def _refuse_misfits(tuning: Tuning, own: dict[str, Tensor], given: set[str], state_dict: StateDict, prefix: str, is_base: bool) -> None:
     # torch would copy until it meets the first misfit and skip the rest: everything is checked before anything is written
-    # what the module has and the tuning does not know was added since
-    missing = set(own) - given - set(tuning.frozen) - set(tuning.buffers) - (set(tuning.adapter) if is_base else set())
+    missing = _missing(tuning, own.keys(), given, is_base)
     if not any(map(_is_counter, given)):
         missing = {key for key in missing if not _is_counter(key)}  # a checkpoint older than the counter: torch knows its version
-    frozen_given = given & set(tuning.frozen)
-    partial = frozen_given if len(frozen_given) != len(set(tuning.frozen)) else set()
     misshapen = [
         f"{key}: {_shape(state_dict[prefix + key])} given, {tuple(own[key].shape)} in the model"
         for key in sorted(given & set(own))
-        if _shape(state_dict[prefix + key]) != tuple(own[key].shape)
+        if prefix + key in state_dict and _shape(state_dict[prefix + key]) != tuple(own[key].shape)
     ]
     unknown = sorted(key for key in given - set(own) if not key.endswith("_extra_state"))
     problems = [
         *(f"missing: {key}" for key in sorted(missing)),
         *(f"unexpected: {key}" for key in unknown),
-        *(f"only a part of the frozen base is given: {key}" for key in sorted(partial)[:3]),
+        *(f"only a part of the frozen base is given: {key}" for key in sorted(_partial(tuning, given))[:3]),
         *(f"wrong shape: {line}" for line in misshapen),
     ]
     if problems:
-        raise StateDictError(
-            "the state dict does not fit the tuned model; nothing was loaded.\n  "
-            + "\n  ".join(problems)
-            + "\nA tuned model takes its trained part, or a whole checkpoint of the original model."
+        raise _misfit(problems)
+
+
+def _refuse_twins(twins: Mapping[str, str]) -> None:
+    # torch would find out when it has written the rest
+    if twins:
+        raise _misfit(
+            [f"missing: {key} (tied to {twin}, which is given: strict=False takes it from there)" for key, twin in twins.items()]
         )
 
 
-def _persistent(root: nn.Module) -> dict[str, Tensor]:
-    own = {key: parameter for key, _, _, parameter in named_tensors(root, buffers=False)}
-    persistent = {
-        key: buffer for key, module, name, buffer in named_tensors(root, buffers=True) if name not in module._non_persistent_buffers_set
-    }
-    return own | persistent
+def _misfit(problems: list[str]) -> StateDictError:
+    return StateDictError(
+        "the state dict does not fit the tuned model; nothing was loaded.\n  "
+        + "\n  ".join(problems)
+        + "\nA tuned model takes its trained part, or a whole checkpoint of the original model."
+    )
+
+
+def _twins(own: Mapping[str, Tensor], given: Set[str]) -> dict[str, str]:
+    """Keys of tied tensors that are given under another key alone, with that key; a safetensors file holds each tensor once."""
+    key_of = {id(own[key]): key for key in given if key in own}
+    return {key: key_of[id(tensor)] for key, tensor in own.items() if key not in given and id(tensor) in key_of}
+
+
+def _is_base(tuning: Tuning, given: Set[str]) -> bool:
+    """Whether a state dict is a whole checkpoint of the original model."""
+    return bool(tuning.frozen) and given >= set(tuning.frozen) and given.isdisjoint(tuning.adapter)
+
+
+def _missing(tuning: Tuning, own: Set[str], given: Set[str], is_base: bool) -> set[str]:
+    # what the module has and the tuning does not know was added since
+    return {*own} - given - {*tuning.frozen, *tuning.buffers} - (set(tuning.adapter) if is_base else set())
+
+
+def _partial(tuning: Tuning, given: Set[str]) -> set[str]:
+    """Keys of the frozen base that are given where others of it are not."""
+    frozen = set(tuning.frozen)
+    found = frozen & given
+    return found if len(found) != len(frozen) else set()
+
+
+def _persistent(modules: list[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """What a state dict holds of these modules, in torch's order."""
+    own: dict[str, Tensor] = {}
+    for name, module in modules:
+        prefix = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                own[prefix + key] = parameter
+        if module._buffers:
+            scratch = module._non_persistent_buffers_set
+            own.update((prefix + key, buffer) for key, buffer in module._buffers.items() if buffer is not None and key not in scratch)
+    return own
 
 
 def _is_counter(key: str) -> bool:
@@ -153,7 +305,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def _adopt_base_values(tuning: Tuning, state_dict: StateDict, prefix: str) -> None:
+def _adopt_base_values(tuning: Tuning, state_dict: Mapping[str, Any], prefix: str) -> None:
     # the checkpoint is of the original model: its values are the originals from now on
     for original in tuning.originals:
         value = state_dict.get(prefix + original.full_name)

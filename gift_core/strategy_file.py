@@ -18,6 +18,7 @@ Or ``strategy = "name"`` and a table ``parameters`` alone. A file names checks, 
 from __future__ import annotations
 
 import ast
+import bisect
 import inspect
 import json
 import os
@@ -61,6 +62,8 @@ def strategy_from_file(path: str | os.PathLike[str]) -> FineTuningStrategy:
         return _strategy(document)
     except _At as problem:
         raise StrategyFileError(f"{file}, line {_line(lines, problem.path)}: {problem}") from problem.__cause__
+    except RecursionError as error:
+        raise StrategyFileError(f"{file}: its values are nested too deep: write the strategy flatter.") from error
 
 
 def parse_check(expression: str) -> Callable[..., bool]:
@@ -252,19 +255,25 @@ def _text(file: Path) -> str:
     if file.suffix not in SUFFIXES:
         raise StrategyFileError(f"{file} is no strategy file: its name ends in {' or '.join(SUFFIXES)}.")
     try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise StrategyFileError(f"{file} has more than {MAX_FILE_BYTES:,} bytes: no strategy is that long.")
-        return file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+        text = data.decode("utf-8")
     except FileNotFoundError as error:
         raise StrategyFileNotFoundError(f"there is no strategy file at {file}: check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a ValueError is about the encoding, or a path that cannot be one
         raise StrategyFileError(f"{file} cannot be read: {error}.") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise StrategyFileError(f"{file} has more than {MAX_FILE_BYTES:,} bytes: no strategy is that long.")
+    return text.replace("\r\n", "\n")
 
 
 def _toml(text: str, file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
+    if deep := next((token for token in _TOKEN.finditer(text) if token["deep"]), None):
+        number = text.count("\n", 0, deep.start()) + 1
+        raise StrategyFileError(f"{file}, line {number}: a key has more than {MAX_KEY_PARTS} parts: no strategy is that deep.")
     try:
         return tomllib.loads(text), _toml_lines(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not only TOML's own error: Python limits the digits of a number
         line = re.search(r"at line (\d+)", str(error))
         where = f", line {line[1] if line else len(text.splitlines())}"  # without a number it is the end
         raise StrategyFileError(f"{file}{where}: it is no TOML: {error}.") from error
@@ -272,14 +281,12 @@ def _toml(text: str, file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
 
 def _json(text: str, file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     try:
-        document = json.loads(text, object_pairs_hook=_unique)
+        document, lines = json.loads(text, object_pairs_hook=_unique), _json_lines(text)
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise StrategyFileError(f"{file}{where}: it is no JSON: {error}.") from error
     if not isinstance(document, dict):
         raise StrategyFileError(f"{file}, line 1: a strategy is an object with caps, got {type(document).__name__}.")
-    lines: dict[Place, int] = {}
-    _json_lines(text, 0, (), lines)
     return document, lines
 
 
@@ -294,7 +301,18 @@ def _line(lines: Mapping[Place, int], path: Place) -> int:
     return next((lines[path[:length]] for length in range(len(path), 0, -1) if path[:length] in lines), 1)
 
 
-_HEADER = re.compile(r"\[\s*(\[?)\s*([\w.-]+)\s*\]?\s*\]\s*(#.*)?")
+#: The TOML parser takes time by the square of a key's parts.
+MAX_KEY_PARTS = 50
+_PART = r"""(?:[\w-]++|"(?:\\[^\n]|[^"\\\n])*+"?|'[^'\n]*+'?)"""
+_NEXT_PART = rf"[ \t]*+\.[ \t]*+{_PART}"
+# Long strings, comments and keys, so that none is sought in another; short strings are as the parts of keys. Nothing backtracks.
+_TOKEN = re.compile(
+    r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"""|\\?\Z)'''
+    r"""|'''(?:[^']|'(?!''))*+(?:'''|\Z)"""
+    rf"|\#[^\n]*+|{_PART}(?:{_NEXT_PART}){{0,{MAX_KEY_PARTS - 1}}}+(?P<deep>{_NEXT_PART})?",
+    re.DOTALL,
+)
+_HEADER = re.compile(r"\[(\[?)\s*([\w.-]+)\s*\]\]?\s*(#.*)?")
 _KEY = re.compile(r"([\"']?)([\w-]+)\1\s*(\.[^=]+)?=")
 
 
@@ -319,10 +337,18 @@ def _toml_lines(text: str) -> dict[Place, int]:
     return lines
 
 
-def _json_lines(text: str, at: int, path: Place, lines: dict[Place, int]) -> int:
-    """Note the line of each value of a valid document; gives the place behind the value."""
+def _json_lines(text: str) -> dict[Place, int]:
+    """The line of each value and key of a valid document."""
+    starts: dict[Place, int] = {}
+    _json_starts(text, 0, (), starts)
+    ends = [match.start() for match in re.finditer("\n", text)]
+    return {path: bisect.bisect_left(ends, at) + 1 for path, at in starts.items()}
+
+
+def _json_starts(text: str, at: int, path: Place, starts: dict[Place, int]) -> int:
+    """Note where each value begins, or its key if it has one; gives the place behind the value."""
     at = _behind_space(text, at)
-    lines.setdefault(path, text.count("\n", 0, at) + 1)
+    starts.setdefault(path, at)
     if text[at] not in "{[":
         return json.JSONDecoder().raw_decode(text, at)[1]
     closing, index = {"{": "}", "[": "]"}[text[at]], 0
@@ -330,11 +356,11 @@ def _json_lines(text: str, at: int, path: Place, lines: dict[Place, int]) -> int
     while text[at] != closing:
         key: str | int = index
         if closing == "}":
-            line = text.count("\n", 0, at) + 1
+            start = at
             key, at = json.JSONDecoder().raw_decode(text, at)
-            lines[(*path, key)] = line
+            starts[(*path, key)] = start
             at = _behind_space(text, at) + 1
-        at = _behind_space(text, _json_lines(text, at, (*path, key), lines))
+        at = _behind_space(text, _json_starts(text, at, (*path, key), starts))
         at = _behind_space(text, at + 1) if text[at] == "," else at
         index += 1
     return at + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
@@ -45,6 +46,10 @@ Wishes = tuple[PlannedAction, list[tuple[Tensor, bool]]]
 #: The most that is copied of the base at one time while actions run, unless one site alone has more: what fits into a cache.
 _GUARDED_BYTES = 2**20
 
+#: The models that are being enabled, by ``id``: each is alive meanwhile.
+_enabling: set[int] = set()
+_enabling_lock = threading.Lock()
+
 
 def enable_fine_tuning(
     module: nn.Module,
@@ -72,16 +77,17 @@ def enable_fine_tuning(
         GiftError: for any reason that `plan_fine_tuning` gives; `StateError` if the model is tuned already; `ActionError` if an
             action raises. The model is then exactly as it was.
     """
-    _refuse_state(module)
-    strategy = as_strategy(fine_tuning_strategy)
-    with _collector_paused():
-        plan = plan_fine_tuning(module, strategy)
-        _refuse_untrainable(module)
-    for text in plan.report.cautions:
-        warnings.warn(text, GiftWarning, stacklevel=2)
-    call_hooks("gift_before_enable", module=module, strategy=strategy, plan=plan)
-    with _collector_paused():
-        return _tune(plan, replace_parameter_function, trainable_state_dict, keep_originals)
+    with _enabled_alone(module):
+        _refuse_state(module)
+        strategy = as_strategy(fine_tuning_strategy)
+        with _collector_paused():
+            plan = plan_fine_tuning(module, strategy)
+            _refuse_untrainable(module)
+        for text in plan.report.cautions:
+            warnings.warn(text, GiftWarning, stacklevel=2)
+        call_hooks("gift_before_enable", module=module, strategy=strategy, plan=plan)
+        with _collector_paused():
+            return _tune(plan, replace_parameter_function, trainable_state_dict, keep_originals)
 
 
 def _tune(plan: TuningPlan, replace_parameter_function: bool, trainable_state_dict: bool, keep_originals: bool) -> Report:
@@ -203,6 +209,19 @@ class TrainableParameters:
 
     def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return (p for _, p in self.module.named_parameters(recurse=recurse) if p.requires_grad)
+
+
+@contextlib.contextmanager
+def _enabled_alone(module: Any) -> Iterator[None]:
+    """Refuse a second enabling of one model while the first is at work, on another thread or inside an action."""
+    with _enabling_lock:
+        if id(module) in _enabling:
+            raise StateError(f"this {type(module).__name__} is being enabled just now: wait until that enable_fine_tuning is done.")
+        _enabling.add(id(module))
+    try:
+        yield
+    finally:
+        _enabling.discard(id(module))
 
 
 def _refuse_state(module: Any) -> None:
@@ -368,7 +387,9 @@ def _refuse_conflicts(module: nn.Module) -> None:
             if parameter is not None and parameter.requires_grad:
                 raise SiteError(f"{name}.{weight} is adapted and trains itself as well: an action leaves what it adapts frozen.")
     if not any(parameter.requires_grad for _, parameter in named_parameters_below(module)):
-        raise NoMatchError("nothing would train: the actions of the strategy left every parameter frozen.")
+        raise NoMatchError(
+            "nothing would train: the actions of the strategy left every parameter frozen. Let one keep what is to train."
+        )
 
 
 def _completed(plan: TuningPlan, module: nn.Module) -> Report:

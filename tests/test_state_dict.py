@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ from gift_core import (
     enable_fine_tuning,
     full_state_dict,
     merge_strategies,
+    merged,
 )
 from gift_core.errors import StateDictError, StateError
 from gift_core.factories import is_root, reparameterize
@@ -448,3 +450,164 @@ def test_an_optimizer_continues() -> None:
     steps(second, optimizers[2], 2)
 
     assert values(second) == values(through)
+
+
+# --- the short way and torch's
+
+
+@pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.__name__)
+def test_the_short_way_is_torchs(builder: Builder) -> None:
+    """What `state_dict` gives and `load_state_dict` does is what torch's own methods with our hooks give and do, order included."""
+    model, short, long = tuned(builder), tuned(builder, steps=0), tuned(builder, steps=0)
+    state = model.state_dict()
+    torchs = type(model).state_dict(model)
+
+    short.load_state_dict(state)
+    type(long).load_state_dict(long, state)
+
+    assert list(state) == list(torchs) and all(torch.equal(value, torchs[key]) for key, value in state.items())
+    assert state._metadata == torchs._metadata and type(state) is type(torchs)  # type: ignore[attr-defined]
+    assert not any(value.requires_grad for value in state.values())
+    assert all(value.requires_grad for key, value in model.state_dict(keep_vars=True).items() if "lora" in key)
+    assert values(short) == values(long) == values(model)
+
+
+def test_a_load_visits_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the trained part, or a whole checkpoint, calls none of torch's per-module loading, which is quadratic in the layers."""
+    checkpoint = {key: value + 1 for key, value in cnn().state_dict().items()}
+    model, state = tuned(), tuned(steps=1).state_dict()
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", lambda *_: pytest.fail("torch's own way"))
+
+    model.load_state_dict(state)
+    model.load_state_dict(checkpoint)
+
+    assert torch.equal(model.conv._parameters["weight"], checkpoint["conv.weight"])
+    assert torch.equal(model.conv.lora_B, state["conv.lora_B"])
+
+
+class Says(nn.Module):
+    """A layer with a state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = "nothing"
+
+    def get_extra_state(self) -> str:
+        return self.said
+
+    def set_extra_state(self, state: str) -> None:
+        self.said = state
+
+
+class Doubles(nn.Linear):
+    """A layer that writes itself in its own way."""
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}bias"] = destination[f"{prefix}bias"] * 2
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        state_dict[f"{prefix}bias"] = state_dict[f"{prefix}bias"] / 2
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[arg-type]
+
+
+def test_what_layers_do_of_their_own_is_done() -> None:
+    """Hooks, extra states and overridden ways of saving and loading of any layer are heard, as without tuning."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 2), Says(), Doubles(2, 2), nn.Linear(2, 2))
+        enable_fine_tuning(model, merge_strategies(LoRAAllFineTuningStrategy(rank=1, targets="0"), FullFineTuningStrategy("2.bias")))
+        return model
+
+    model, fresh = build(), build()
+    model[1].said = "hello"
+    with torch.no_grad():
+        model[0].lora_B.fill_(1)
+        model[2].bias.fill_(3)
+    model[3].register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update(heard=torch.ones(1)))
+    fresh[0].register_load_state_dict_post_hook(lambda module, keys: setattr(fresh, "loaded", True))
+
+    state = model.state_dict()
+    assert state.pop("heard") == 1
+    fresh.load_state_dict(state)
+
+    assert torch.equal(state["2.bias"], torch.full((2,), 6.0))
+    assert fresh[1].said == "hello" and fresh.loaded
+    assert values(fresh) == values(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+def test_a_copy_saves_and_loads_itself(copied: Callable[[nn.Module], nn.Module]) -> None:
+    """A copy or pickle of a tuned model gives and takes its own state, and leaves the original's alone."""
+    model = tuned()
+    other, before = copied(model), values(model)
+
+    other.load_state_dict({key: torch.zeros_like(value) for key, value in model.state_dict().items()})
+
+    assert values(model) == before
+    assert not any(value.any() for value in other.state_dict().values())
+
+
+def test_a_state_dict_of_the_users_own_stays() -> None:
+    """A model whose ``state_dict`` somebody has replaced keeps the replacement, and what it calls gives the trained part."""
+    model = cnn()
+    model.state_dict = lambda *args, **kwargs: {"own": nn.Module.state_dict(model)}  # type: ignore[method-assign]
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy())
+
+    assert set(model.state_dict()["own"]) == trained_keys(model) | STATISTICS
+
+
+def test_a_merged_model_sees_a_load() -> None:
+    """A merged model computes with what is loaded into it."""
+    model, fresh, inputs = tuned(), tuned(steps=0), input_for(cnn)
+
+    with merged(fresh), torch.no_grad():
+        fresh.load_state_dict(model.state_dict())
+        loaded = fresh(inputs)
+    with merged(model), torch.no_grad():
+        assert torch.equal(loaded, model(inputs))
+
+
+def test_a_tied_tensor_takes_its_last_value() -> None:
+    """Different values for one tensor under two keys: the later key's is written, as torch does."""
+    strategy = FullFineTuningStrategy(targets="embedding")
+    short, long = tuned(tied, strategy), tuned(tied, strategy)
+    state = short.state_dict()
+    state["output.weight"] = state["output.weight"] + 1
+
+    short.load_state_dict(state)
+    type(long).load_state_dict(long, state)
+
+    assert values(short) == values(long)
+
+
+def test_a_tied_tensor_given_once_is_enough_where_torch_says_so() -> None:
+    """A file that holds a tied tensor once loads with ``strict=False``, which reports the other key; the strict way writes nothing."""
+    strategy = FullFineTuningStrategy()
+    model, fresh = tuned(tied, strategy), tuned(tied, strategy, steps=0)
+    state = {key: value for key, value in model.state_dict().items() if key != "output.weight"}
+    before = values(fresh)
+
+    with pytest.raises(StateDictError, match=r"output\.weight \(tied to embedding\.weight"):
+        fresh.load_state_dict(state)
+    assert values(fresh) == before
+
+    assert fresh.load_state_dict(state, strict=False).missing_keys == ["output.weight"]
+    assert values(fresh) == values(model)
+
+
+def test_a_checkpoint_that_holds_a_tied_tensor_once_is_a_whole_one() -> None:
+    """A checkpoint of the base under the other key of a tied pair is adopted: disabling gives its values back."""
+    model = tuned(
+        tied, merge_strategies([FullFineTuningStrategy(targets="middle"), LoRAAllFineTuningStrategy(targets="output", rank=2)])
+    )
+    base = tied()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(1)
+    state = {key: value for key, value in base.state_dict().items() if key != "embedding.weight"}
+
+    model.load_state_dict(state, strict=False)
+
+    assert values(disable_fine_tuning(model)) == values(base)
