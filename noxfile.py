@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).parent
 PACKAGES = ("gift_core", "gift_lora_plugin/src/gift_lora_plugin")
 PROJECTS = (".", "gift_lora_plugin")
+SEEDS = ROOT / "fuzz" / "seeds"
+FUZZ_SECONDS = 20
 
 nox.options.error_on_missing_interpreters = True
 
@@ -55,6 +58,51 @@ def build(session: nox.Session) -> None:
     _python(session, "twine", "check", "--strict", *sorted(str(path) for path in dist.iterdir() if path.name != ".gitignore"))
 
 
+@nox.session(venv_backend="none")
+def reproducible(session: nox.Session) -> None:
+    """Build both projects twice, in other surroundings, and compare every byte; check what the archives hold."""
+    _need(session, "build", "hatchling")
+    session.run(sys.executable, "tools/reproducible.py")
+
+
+@nox.session(venv_backend="none", default=False)
+def faults(session: nox.Session) -> None:
+    """Try every kind of fault, and print how many were silent, half, foreign or lost; arguments go to pytest."""
+    _python(session, "pytest", "tests/faults", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def fuzz(session: nox.Session) -> None:
+    """Fuzz what reads strangers' bytes, each target for 20 seconds or as many as the argument says."""
+    _need(session, "atheris")
+    seconds = int(session.posargs[0]) if session.posargs else FUZZ_SECONDS
+    found = []
+    for seeds in sorted(path for path in SEEDS.iterdir() if path.is_dir()):
+        corpus = Path(session.create_tmp()) / seeds.name
+        corpus.mkdir(exist_ok=True)
+        options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=4096", f"-artifact_prefix={corpus.parent}/found-"]
+        try:
+            session.run(sys.executable, "fuzz/run_fuzz.py", seeds.name, str(corpus), str(seeds), *options)
+        except CommandFailed:
+            found.append(seeds.name)  # the other targets may have findings too
+    if found:
+        session.error(f"findings in {', '.join(found)}: the inputs are the found-* in {session.create_tmp()}")
+
+
+@nox.session(venv_backend="none", default=False)
+def audit(session: nox.Session) -> None:
+    """Ask for known vulnerabilities of every installed package; fail where there is no answer. Arguments go to pip-audit."""
+    _need(session, "pip_audit")
+    session.run(sys.executable, "tools/audit.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def sbom(session: nox.Session) -> None:
+    """Write a software bill of materials (CycloneDX) of both projects into ``dist``, or to the path given."""
+    _need(session, "cyclonedx_py")
+    session.run(sys.executable, "tools/sbom.py", *session.posargs)
+
+
 @nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
     """Measure speed, memory and scale against the peers, and write the page and the picture; arguments go to the program."""
@@ -71,3 +119,9 @@ def bench(session: nox.Session) -> None:
 
 def _python(session: nox.Session, module: str, *arguments: str) -> None:
     session.run(sys.executable, "-m", module, *arguments)
+
+
+def _need(session: nox.Session, *modules: str) -> None:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        session.error(f"{', '.join(missing)} not installed, nothing was checked: pip install -e '.[dev,checks]'. atheris is for Linux.")
