@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from gift_core.adapter_file import AdapterInfo, load_adapter, save_adapter
+from gift_core.distributed import is_sharded
 from gift_core.errors import AdapterNameError, AdapterNotFoundError, GiftError, ModelError, StateError
 from gift_core.info import Report, table_info
 from gift_core.record import Tuning, find_tuning, tuned_root, tuning_of
@@ -59,7 +60,7 @@ class AdapterSet:
       copied.
     - **Threads.** A switch during another thread's forward pass would give it parts of both. Within `using` the set is locked, so that
       threads that compute in this context take turns and are right. `use` alone waits for such a context and protects nobody after it.
-    - **Wrappers** (torch.compile, DDP) come after: make the set of the model itself.
+    - **Wrappers** (torch.compile, DDP) come after: make the set of the model itself. A sharded model (FSDP2) is not switched.
 
     Args:
         model: a plain model, or a tuned one, whose adapter then becomes the set's first and stays in use.
@@ -302,6 +303,9 @@ class AdapterSet:
             raise AdapterNameError(f"there is an adapter called {name!r} already: choose another name, or remove({name!r}) first.")
 
     def _refuse_state(self) -> None:
+        first = next(nn.Module.parameters(self._model), None)
+        if first is not None and is_sharded(first):
+            raise StateError("the model is sharded, so its adapters cannot be exchanged: release() it, or switch before fully_shard.")
         found, known = find_tuning(self._model), self._active and self._active.tuning
         if found is not known:
             what = "was tuned" if found is not None else "was changed"

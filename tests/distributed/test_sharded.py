@@ -17,6 +17,7 @@ from ranks import WORLD, finish_ranks, join, needs_gloo, run_ranks, start_ranks
 from torch import Tensor, nn
 
 from gift_core import (
+    AdapterSet,
     Reparameterization,
     disable_fine_tuning,
     enable_fine_tuning,
@@ -159,6 +160,7 @@ def train_sharded(folder: Path, rank: int, world: int) -> None:
         "the base of a sharded model": lambda: tuning_disabled(model).__enter__(),
         "an unwritable path": lambda: save_adapter(model, folder / "absent" / "fsdp.safetensors"),
         "sharding inside plain_layers": lambda: _shard_inside(world),
+        "switching": lambda: _switch_sharded(world),
     }
     torch.save({name: refusal(call) for name, call in calls.items()}, folder / f"refusals-{rank}.pt")
     disable_fine_tuning(model)
@@ -172,6 +174,15 @@ def _shard_inside(world: int) -> None:
     model = tuned()
     with plain_layers(model):
         sharded(model, world)
+
+
+def _switch_sharded(world: int) -> None:
+    adapters = AdapterSet(base())
+    adapters.add("a", "lora-linear")
+    adapters.add("b", "lora-linear")
+    adapters.use("a")
+    sharded(adapters.model, world)
+    adapters.use("b")
 
 
 def train_parallel(folder: Path, rank: int, world: int) -> None:
@@ -313,6 +324,7 @@ def test_disable_of_a_sharded_model(fsdp: Path) -> None:
         ("load after sharding", ("afterwards",)),
         ("train all after sharding", ("enable_fine_tuning on the whole model", "afterwards")),
         ("the base of a sharded model", (StateError.__name__, "on a copy")),
+        ("switching", (StateError.__name__, "before fully_shard")),
         ("sharding inside plain_layers", (StateError.__name__, "after the context")),
     ],
 )
