@@ -1,0 +1,279 @@
+"""Any sequence of what one does with a tuned model, against plain tensors that know nothing of modules."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from fault_table import RecordFaults
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from torch import Tensor, nn
+
+from gift_core import AdapterSet, disable_fine_tuning, load_adapter, merge, save_adapter, tuning_disabled, unmerge
+from gift_lora_plugin import LoRALinearFineTuningStrategy
+
+PROFILE = settings(max_examples=40, stateful_step_count=30, derandomize=True, deadline=None, database=None)
+RANK, ALPHA, RATE = 2, 4.0, 0.1
+NAMES = ("a", "b")
+FACTORS = ("0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B")
+
+Factors = dict[str, Tensor]
+
+
+def formula(base: Factors, factors: Factors | None, inputs: Tensor) -> Tensor:
+    """The network: two affine maps with a tanh between, each weight plus its update written out."""
+    hidden = inputs
+    for layer in ("0", "2"):
+        weight = base[f"{layer}.weight"]
+        if factors is not None:
+            weight = weight + ALPHA / RANK * factors[f"{layer}.lora_B"] @ factors[f"{layer}.lora_A"]
+        hidden = hidden @ weight.T + base[f"{layer}.bias"]
+        hidden = hidden.tanh() if layer == "0" else hidden
+    return hidden
+
+
+def gradients(base: Factors, factors: Factors, inputs: Tensor) -> Factors:
+    """Of the mean square of the output."""
+    leaves = {key: tensor.clone().requires_grad_() for key, tensor in factors.items()}
+    found = torch.autograd.grad(formula(base, leaves, inputs).square().mean(), list(leaves.values()))
+    return dict(zip(leaves, found, strict=True))
+
+
+class TunedModel(RuleBasedStateMachine):
+    """A model with two adapters, and what it ought to compute."""
+
+    steps = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.expected: dict[str, Factors] = {}
+        self.states: list[tuple[Factors, Factors]] = []
+        self.files: list[tuple[Path, torch.dtype, Factors]] = []
+        self.merged = False
+        self.dtype = torch.float32
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+    @initialize(seed=st.integers(0, 99))
+    def build(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+        self.inputs32 = torch.randn(5, 4)
+        self.base32 = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
+        self.adapters = AdapterSet(self.model)
+        for name in NAMES:
+            self._add(name)
+        self.adapters.use("a")
+
+    def _add(self, name: str) -> None:
+        self.adapters.add(name, LoRALinearFineTuningStrategy(rank=RANK, lora_alpha=ALPHA))
+        with self.adapters.using(name):
+            self.expected[name] = self._own()
+        assert not any(tensor.any() for key, tensor in self.expected[name].items() if key.endswith("B"))
+
+    def _own(self) -> Factors:
+        held = dict(self.model.named_parameters())
+        return {key: held[key].detach().clone() for key in FACTORS}
+
+    @property
+    def active(self) -> str | None:
+        return self.adapters.active
+
+    @property
+    def base(self) -> Factors:
+        return {key: tensor.to(self.dtype) for key, tensor in self.base32.items()}
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.inputs32.to(self.dtype)
+
+    def _is_tuned(self) -> bool:
+        return self.active is not None
+
+    def _is_merged(self) -> bool:
+        return self.merged
+
+    def _may_switch(self) -> bool:
+        return not self.merged
+
+    def _may_train(self) -> bool:
+        return self.active is not None and not self.merged
+
+    def _stepped(self) -> None:
+        """What one step of SGD makes of the factors in use."""
+        assert self.active is not None
+        factors = self.expected[self.active]
+        slopes = gradients(self.base, factors, self.inputs)
+        self.expected[self.active] = {key: tensor - RATE * slopes[key] for key, tensor in factors.items()}
+
+    def _backward(self, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        optimizer.zero_grad()
+        model.train()
+        model(self.inputs).square().mean().backward()
+        model.eval()
+        return optimizer
+
+    # --- what one does
+
+    @rule(name=st.sampled_from([*NAMES, None]))
+    @precondition(_may_switch)
+    def switch(self, name: str | None) -> None:
+        self.adapters.use(name)
+
+    @rule()
+    @precondition(_may_train)
+    def train_step(self) -> None:
+        optimizer = self._backward(self.model)
+        self._stepped()
+        optimizer.step()
+
+    @rule()
+    @precondition(_may_train)
+    def step_while_merged(self) -> None:
+        optimizer = self._backward(self.model)
+        self._stepped()
+        merge(self.model)
+        self.merged = True
+        self.model(self.inputs)
+        optimizer.step()
+
+    @rule()
+    @precondition(_may_train)
+    def merge(self) -> None:
+        merge(self.model)
+        self.merged = True
+
+    @rule()
+    @precondition(_is_merged)
+    def unmerge(self) -> None:
+        unmerge(self.model)
+        self.merged = False
+
+    @rule()
+    @precondition(_is_tuned)
+    def keep_state(self) -> None:
+        assert self.active is not None
+        state = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
+        assert sorted(state) == sorted(FACTORS)
+        self.states.append((state, dict(self.expected[self.active])))
+
+    @rule(assign=st.booleans(), at=st.integers(0, 9))
+    @precondition(lambda self: self.active is not None and self.states)
+    def load_state(self, assign: bool, at: int) -> None:
+        assert self.active is not None
+        state, factors = self.states[at % len(self.states)]
+        state = {key: tensor.to(self.dtype, copy=True) for key, tensor in state.items()}
+        self.model.load_state_dict(state, assign=assign)
+        self.expected[self.active] = {key: tensor.to(self.dtype) for key, tensor in factors.items()}
+
+    @rule()
+    @precondition(_is_tuned)
+    def save(self) -> None:
+        assert self.active is not None
+        path = self.folder / f"{len(self.files)}.safetensors"
+        save_adapter(self.model, path)
+        self.files.append((path, self.dtype, dict(self.expected[self.active])))
+
+    @rule(at=st.integers(0, 9))
+    @precondition(lambda self: self.active is not None and any(dtype == self.dtype for _, dtype, _ in self.files))
+    def load(self, at: int) -> None:
+        assert self.active is not None
+        files = [file for file in self.files if file[1] == self.dtype]
+        path, _, factors = files[at % len(files)]
+        load_adapter(self.model, path)
+        self.expected[self.active] = dict(factors)
+
+    @rule(by_pointer=st.booleans(), weight=st.floats(0.5, 1.0))
+    @precondition(_is_tuned)
+    def swap_average_in(self, by_pointer: bool, weight: float) -> None:
+        assert self.active is not None
+        average = {key: weight * tensor for key, tensor in self.expected[self.active].items()}
+        held = dict(self.model.named_parameters())
+        for key, tensor in average.items():
+            if by_pointer:
+                held[key].data = tensor.clone()
+            else:
+                with torch.no_grad():
+                    held[key].copy_(tensor)
+        self.expected[self.active] = average
+
+    @rule()
+    @precondition(lambda self: self.dtype == torch.float32)
+    def autocast(self) -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = self.model(self.inputs)
+        assert torch.allclose(found.float(), self._answer(), atol=0.1, rtol=0.1)
+
+    @rule()
+    @precondition(_may_train)
+    def train_a_copy(self) -> None:
+        twin = copy.deepcopy(self.model)
+        self._backward(twin).step()
+
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64]))
+    def move(self, dtype: torch.dtype) -> None:
+        self.model.to(dtype)
+        self.dtype = dtype
+        self.expected = {name: {key: tensor.to(dtype) for key, tensor in own.items()} for name, own in self.expected.items()}
+
+    @rule()
+    def disable(self) -> None:
+        if self.active is not None:
+            disable_fine_tuning(self.model)
+        self.merged = False
+        assert self.active is None
+
+    @rule()
+    @precondition(_is_tuned)
+    def look_at_the_base(self) -> None:
+        with tuning_disabled(self.model):
+            assert torch.equal(self.model(self.inputs), self._base_answer())
+
+    @rule(name=st.sampled_from(NAMES))
+    @precondition(_may_switch)
+    def add_again(self, name: str) -> None:
+        self.adapters.remove(name)
+        del self.expected[name]
+        self._add(name)
+
+    # --- what holds at every moment
+
+    def _answer(self) -> Tensor:
+        return formula(self.base, None if self.active is None else self.expected[self.active], self.inputs)
+
+    def _base_answer(self) -> Tensor:
+        plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(self.dtype).requires_grad_(False)
+        plain.load_state_dict(self.base)
+        return plain(self.inputs)
+
+    @invariant()
+    def base_is_untouched(self) -> None:
+        if hasattr(self, "adapters"):
+            type(self).steps += 1
+            held = {f"{at}.{name}": self.model[int(at)]._parameters[name] for at, _, name in (k.partition(".") for k in self.base)}
+            assert all(torch.equal(held[key].detach(), tensor) for key, tensor in self.base.items())  # type: ignore[union-attr]
+
+    @invariant()
+    def answers_are_the_formula(self) -> None:
+        if hasattr(self, "adapters"):
+            with torch.no_grad():
+                found = self.model(self.inputs)
+            assert torch.allclose(found, self._answer(), atol=1e-4, rtol=1e-4)
+
+
+def test_any_sequence(record_faults: RecordFaults) -> None:
+    """After any sequence of verbs the answers are the formula's, and the base's tensors have not moved by a bit."""
+    TunedModel.steps = 0
+
+    with torch.random.fork_rng(devices=[]):
+        run_state_machine_as_test(TunedModel, settings=PROFILE)
+
+    record_faults("steps of random sequences", TunedModel.steps)
