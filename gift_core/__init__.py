@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "adapter_file": ("AdapterInfo", "load_adapter", "read_adapter_info", "save_adapter"),
+    "adapter_file": ("load_adapter", "read_adapter_info", "save_adapter"),
+    "adapter_format": ("AdapterInfo",),
     "atomic": ("atomic_path",),
     "adapter_set": ("AdapterSet",),
     "capabilities": ("Capabilities",),
@@ -34,7 +35,8 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
-    from gift_core.adapter_file import AdapterInfo, load_adapter, read_adapter_info, save_adapter
+    from gift_core.adapter_file import load_adapter, read_adapter_info, save_adapter
+    from gift_core.adapter_format import AdapterInfo
     from gift_core.adapter_set import AdapterSet
     from gift_core.atomic import atomic_path
     from gift_core.capabilities import Capabilities

@@ -1,4 +1,4 @@
-"""One adapter, one file: safetensors, with a JSON description and a digest of its own in the metadata.
+"""One adapter, one file: what a tuned model writes into it, and whether one fits a model.
 
 Saving is atomic: the path holds the complete old file or the complete new one. Loading validates everything, reports every problem
 at once, and only then writes. A file names a strategy, never a module, and nothing is unpickled.
@@ -7,31 +7,27 @@ at once, and only then writes. A file names a strategy, never a module, and noth
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load as _read_tensors
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gift_core import __version__
+from gift_core.adapter_format import AdapterInfo, Description, base_digest, decode, encode, sha256
 from gift_core.allocation import AllocationLimit
 from gift_core.atomic import atomic_path
-from gift_core.distributed import is_writer, together, whole, write_whole
+from gift_core.distributed import is_sharded, is_writer, together, whole, write_whole
 from gift_core.errors import (
     AdapterFileError,
     AdapterMismatchError,
-    AdapterNotFoundError,
     GiftError,
     PluginError,
+    StrategyError,
     UnknownStrategyError,
 )
 from gift_core.plugins import find_provider
@@ -42,43 +38,8 @@ from gift_core.state_dict import moved_buffers
 from gift_core.strategy import FineTuningStrategy, strategy_from_config
 from gift_core.tuning import disable_fine_tuning, enable_fine_tuning
 
-FORMAT = "gift-adapter"
-FORMAT_VERSION = 1
-
-#: A description longer than this is refused before it is parsed.
-MAX_DESCRIPTION_BYTES = 64 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterInfo:
-    """What an adapter file says of itself.
-
-    Attributes:
-        strategy: the strategy's config, or None for one without a form as data; ``strategy_text`` says it for people.
-        provider: the distribution and version that the strategy came from, or None.
-        core_version: the gift-core that wrote the file.
-        sites: adapted names by module, each with its method.
-        structure: digest of the base model's names and shapes.
-        base: digest of each adapted base weight.
-        tensors: shape and dtype of each tensor in the file.
-        digest: SHA-256 over everything else in the file.
-        file_bytes: the file's size.
-    """
-
-    strategy: dict[str, Any] | None
-    strategy_text: str
-    provider: dict[str, str | None] | None
-    core_version: str
-    sites: dict[str, dict[str, str]]
-    structure: str
-    base: dict[str, str]
-    tensors: dict[str, dict[str, Any]]
-    digest: str
-    file_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON data."""
-        return dataclasses.asdict(self)
+#: So many bytes of tensors are looked at in one step: what fits into a cache.
+_STRETCH = 2**22
 
 
 def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo:
@@ -100,18 +61,18 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
         AdapterWriteError: if the file cannot be written; what was there is intact.
     """
     root = tuned_root(module)
-    own = list(root.parameters())
-    with together(own, "save the adapter"):
-        tensors = _adapter_tensors(root)
-        broken = [key for key, tensor in tensors.items() if _has_nan(tensor)]
-        if broken:
+    target = Path(path)
+    own = _own_tensors(root)
+    with together(own.values(), "save the adapter"):
+        tensors = _adapter_tensors(tuning_of(root), own)
+        if broken := _with_nan(tensors):
             raise AdapterFileError(f"not saved: NaN in {', '.join(broken[:5])}. Load an earlier adapter, or train with a smaller step.")
-        description = _describe(root, tensors)
-        target = Path(path)
-        if is_writer(own):
-            with atomic_path(target) as temporary:
-                save_file(tensors, temporary, _metadata(description))
-    return _as_info(description, target.stat().st_size)
+        info, start, payload = encode(_describe(root), tensors)
+        if is_writer(own.values()):
+            with atomic_path(target) as temporary, open(temporary, "wb") as file:
+                file.write(start)
+                file.write(payload.numpy().data)
+    return info
 
 
 def read_adapter_info(path: str | os.PathLike[str]) -> AdapterInfo:
@@ -120,7 +81,7 @@ def read_adapter_info(path: str | os.PathLike[str]) -> AdapterInfo:
     Raises:
         AdapterFileError: if there is none, or it is truncated, corrupted, no adapter or of an unknown format version.
     """
-    return _read(path)[0]
+    return decode(path)[0]
 
 
 def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True, trusted: bool = False) -> AdapterInfo:
@@ -144,7 +105,7 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
         PatternError: if the recorded strategy has a regular expression, and the file is not trusted.
         PluginError: if the strategy's plugin is not installed or cannot be used.
     """
-    info, tensors = _read(path)
+    info, tensors = decode(path)
     plain = isinstance(module, nn.Module) and not any(find_tuning(child) for child in module.modules())
     if not plain:
         _load_into(tuned_root(module), info, tensors, check_base, str(path))
@@ -208,56 +169,83 @@ def tensor_digest(tensor: Tensor) -> str:
 
     Sums of the bit patterns along rows and columns change with any one number, and when rows or columns change places.
     """
-    values = whole(tensor.detach())
+    return _digests([whole(tensor.detach())])[0]
+
+
+def _digests(tensors: list[Tensor]) -> list[str]:
+    """`tensor_digest` of each of several whole tensors of one shape, dtype and device, in a few steps for all."""
+    like = tensors[0]
+    values = torch.stack(tensors)
     if values.is_complex():
         values = torch.view_as_real(values)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    bits = values.contiguous().view(integer).reshape(values.shape[0] if values.dim() else 1, -1)
-    sums = torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)]).cpu()
-    return _sha256(f"{tensor.dtype}{list(tensor.shape)}".encode(), sums.numpy().tobytes())
+    rows = values.shape[1] if values.dim() > 1 else 1
+    bits = values.view(integer).reshape(len(tensors), rows, math.prod(values.shape[2:]))
+    sums = torch.cat([bits.sum(1, dtype=torch.int64), bits.sum(2, dtype=torch.int64)], 1).cpu().numpy()
+    said = f"{like.dtype}{list(like.shape)}".encode()
+    return [sha256(said, row.tobytes()) for row in sums]
+
+
+def _stretches(tensors: Iterable[tuple[str, Tensor]], kind: Callable[[Tensor], Any]) -> Iterator[dict[str, Tensor]]:
+    """Tensors of one kind together, as many as `_STRETCH` bounds, at least one."""
+    held: dict[Any, dict[str, Tensor]] = {}
+    sizes: dict[Any, int] = {}
+    for key, tensor in tensors:
+        which = kind(tensor)
+        held.setdefault(which, {})[key] = tensor
+        sizes[which] = sizes.get(which, 0) + tensor.nbytes
+        if sizes[which] >= _STRETCH:
+            sizes[which] = 0
+            yield held.pop(which)
+    yield from held.values()
 
 
 # --- what a model says
 
 
-def _adapter_tensors(root: nn.Module) -> dict[str, Tensor]:
-    tuning = tuning_of(root)
-    tensors = _required_tensors(root, tuning)
-    moved = moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}
-    tensors |= {key: buffer for key, _, _, buffer in named_tensors(root, buffers=True) if key in moved}
-    # safetensors wants each tensor whole, dense and with memory of its own
-    return {key: whole(tensor.detach()).to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+def _own_tensors(root: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor for buffers in (False, True) for key, _, _, tensor in named_tensors(root, buffers=buffers)}
 
 
-def _required_tensors(root: nn.Module, tuning: Tuning) -> dict[str, Tensor]:
+def _adapter_tensors(tuning: Tuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = _required_tensors(tuning, own)
+    for key in sorted(moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}):
+        tensors[key] = own[key]
+    return {key: whole(tensor.detach()).cpu() for key, tensor in tensors.items()}
+
+
+def _required_tensors(tuning: Tuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What every file of this adapter holds: what trains, and what tuning added; a shared tensor under its first key."""
     wanted = {*tuning.trained, *tuning.adapter}
     first: dict[int, tuple[str, Tensor]] = {}
-    for buffers in (False, True):
-        for key, _, _, tensor in named_tensors(root, buffers=buffers):
-            if key in wanted:
-                first.setdefault(id(tensor), (key, tensor))
+    for key, tensor in own.items():
+        if key in wanted:
+            first.setdefault(id(tensor), (key, tensor))
     return dict(first.values())
 
 
-def _describe(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _describe(root: nn.Module) -> Description:
     tuning = tuning_of(root)
-    description: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "strategy": tuning.config,
-        "strategy_text": tuning.strategy,
-        "provider": _provider(tuning.config),
-        "core_version": __version__,
-        "sites": _sites(root),
-        "structure": tuning.structure,
-        "base": _base_digests(root),
-        "tensors": {key: {"shape": list(tensor.shape), "dtype": _dtype(tensor)} for key, tensor in tensors.items()},
-    }
-    return description | {"digest": _digest(description, tensors)}
+    return Description(
+        strategy=_as_data(tuning.config),
+        strategy_text=tuning.strategy,
+        provider=_provider(tuning.config),
+        core_version=__version__,
+        sites=_sites(root),
+        structure=tuning.structure,
+        base=_base_digests(root),
+    )
 
 
-def _metadata(description: Mapping[str, Any]) -> dict[str, str]:
-    return {"format": "pt", FORMAT: json.dumps(description)}
+def _as_data(config: Any) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
+        raise StrategyError(f"not saved: the strategy's to_config gives {config!r}, which has no name, a text, under 'name'.")
+    try:
+        return json.loads(json.dumps(config))  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StrategyError(f"not saved: the strategy's to_config gives no plain JSON data ({error}).") from error
 
 
 def _provider(config: Mapping[str, Any] | None) -> dict[str, str | None] | None:
@@ -275,163 +263,82 @@ def _sites(root: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def _base_digests(root: nn.Module) -> dict[str, str]:
-    return {
-        f"{name}.{weight}" if name else weight: tensor_digest(module._parameters[weight])  # type: ignore[arg-type]
+    weights = (
+        (f"{name}.{weight}" if name else weight, whole(module._parameters[weight].detach()))  # type: ignore[union-attr]
         for name, module in adopted_modules(root)
         for weight, _ in adoptions_of(module)
-    }
+    )
+    found: dict[str, str] = {}
+    for stretch in _stretches(weights, lambda tensor: (tensor.shape, tensor.dtype, tensor.device)):
+        found.update(zip(stretch, _digests(list(stretch.values())), strict=True))
+    return found
 
 
-def _digest(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    said = json.dumps({key: value for key, value in description.items() if key != "digest"}, sort_keys=True)
-    parts = [said.encode()]
-    for key in sorted(tensors):
-        parts += [key.encode(), tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()]
-    return _sha256(*parts)
-
-
-def _sha256(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return bool((tensor.is_floating_point() or tensor.is_complex()) and torch.isnan(tensor).any())
-
-
-# --- the file
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    file = Path(path)
-    data = _bytes_of(file)
-    try:
-        described, tensors = _description_of(data, file), _read_tensors(data)
-    except (safetensors.SafetensorError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{file} is truncated or no safetensors file ({error}): get a fresh copy.") from error
-    _check_description(described, file)
-    if _digest(described, tensors) != described["digest"]:
-        raise AdapterFileError(f"{file} is corrupted: its content does not give the digest written in it. Get a fresh copy.")
-    listed = {key: {"shape": list(tensor.shape), "dtype": _dtype(tensor)} for key, tensor in tensors.items()}
-    if listed != described["tensors"]:
-        raise AdapterFileError(f"{file} is corrupted: its tensors are not those that its description lists.")
-    return _as_info(described, len(data)), tensors
-
-
-def _bytes_of(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError as error:
-        raise AdapterNotFoundError(f"there is no adapter file at {file}: check the path.") from error
-    except (OSError, ValueError) as error:  # a ValueError is about a path that cannot be one
-        raise AdapterFileError(f"{file} cannot be read: {error}.") from error
-
-
-def _description_of(data: bytes, file: Path) -> dict[str, Any]:
-    if len(data) < 8 or not 2 <= (length := int.from_bytes(data[:8], "little")) <= len(data) - 8:
-        raise AdapterFileError(f"{file} is truncated or no safetensors file ({len(data)} bytes): get a fresh copy.")
-    if length > MAX_DESCRIPTION_BYTES:
-        raise AdapterFileError(f"{file} describes itself in {length:,} bytes; {MAX_DESCRIPTION_BYTES:,} are allowed.")
-    header = _json(data[8 : 8 + length], file)
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or FORMAT not in metadata:
-        raise AdapterFileError(f"{file} is no GIFt adapter: it has no {FORMAT!r} metadata. GIFt reads what save_adapter wrote.")
-    described = _json(metadata[FORMAT], file)
-    if not isinstance(described, dict):
-        raise AdapterFileError(f"{file}: the adapter's description is no JSON object.")
-    # the digest covers what the text means; other spellings of the same, as in 1e-05 and 1E-05, are damage too
-    if metadata != _metadata(described):
-        raise AdapterFileError(f"{file} is corrupted: its metadata is not as save_adapter writes it. Get a fresh copy.")
-    return described
-
-
-def _json(text: Any, file: Path) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise AdapterFileError(f"{file}: its description cannot be read ({type(error).__name__}: {error}).") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def _check_description(described: dict[str, Any], file: Path) -> None:
-    version = described.get("format_version")
-    if version != FORMAT_VERSION:
-        raise AdapterFileError(f"{file} has format version {version!r}, this gift-core reads {FORMAT_VERSION}: upgrade gift-core.")
-    expected: dict[str, Any] = {
-        "strategy": (dict, type(None)),
-        "strategy_text": str,
-        "provider": (dict, type(None)),
-        "core_version": str,
-        "sites": dict,
-        "structure": str,
-        "base": dict,
-        "tensors": dict,
-        "digest": str,
-    }
-    for key, kind in expected.items():
-        if not isinstance(described.get(key, ...), kind):
-            raise AdapterFileError(f"{file}: {key!r} is missing from its description or of the wrong kind.")
-
-
-def _as_info(described: Mapping[str, Any], file_bytes: int) -> AdapterInfo:
-    names = [field.name for field in dataclasses.fields(AdapterInfo) if field.name != "file_bytes"]
-    return AdapterInfo(**{name: described[name] for name in names}, file_bytes=file_bytes)
+def _with_nan(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the tensors that hold NaN."""
+    numbers = ((key, tensor) for key, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex())
+    return [
+        key
+        for stretch in _stretches(numbers, lambda tensor: tensor.dtype)
+        if torch.isnan(torch.cat([tensor.reshape(-1) for tensor in stretch.values()])).any()
+        for key, tensor in stretch.items()
+        if torch.isnan(tensor).any()
+    ]
 
 
 # --- fitting a file to a model
 
 
 def _load_into(root: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool, path: str) -> None:
-    tuning = tuning_of(root)
-    with together(root.parameters(), "load the adapter"):
-        problems = _mismatches(root, tuning, info, tensors, check_base)
+    tuning, own = tuning_of(root), _own_tensors(root)
+    with together(own.values(), "load the adapter"):
+        problems = _mismatches(root, own, info, tensors, check_base)
         if problems:
             raise AdapterMismatchError(f"{path} does not fit this model; nothing was loaded.\n  " + "\n  ".join(problems))
-    own = {key: tensor for buffers in (False, True) for key, _, _, tensor in named_tensors(root, buffers=buffers)}
     originals = {original.full_name: original for original in tuning.originals if original.is_buffer}
     with torch.no_grad():
-        for key in sorted(tensors):  # the processes of a sharded model must take them in one order
+        if here := [key for key in tensors if not is_sharded(own[key])]:
+            torch._foreach_copy_([own[key] for key in here], [tensors[key] for key in here])
+        for key in sorted(tensors.keys() - set(here)):  # the processes of a sharded model must take them in one order
             write_whole(own[key], tensors[key])
         for key, original in originals.items():
             if key not in tensors and (buffer := original.current()) is not None:
                 buffer.copy_(original.value)  # absent from the file: the base's own
 
 
-def _mismatches(root: nn.Module, tuning: Tuning, info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool) -> list[str]:
+def _mismatches(
+    root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool
+) -> list[str]:
+    tuning = tuning_of(root)
     problems = [] if tuning.structure == info.structure else ["the base model has other names or shapes"]
-    problems += _config_differences(tuning.config, _as_read_today(info.strategy))
+    if tuning.config != info.strategy:
+        problems += _config_differences(tuning.config, _as_read_today(info.strategy))
     if (sites := _sites(root)) != info.sites:
         only = [sorted(set(a) - set(b)) for a, b in ((info.sites, sites), (sites, info.sites))]
         problems.append(f"other sites are adapted: in the file alone {only[0] or 'none'}, in the model alone {only[1] or 'none'}")
-    own = {key: tensor for buffers in (False, True) for key, _, _, tensor in named_tensors(root, buffers=buffers)}
-    required = set(_required_tensors(root, tuning))
+    required = set(_required_tensors(tuning, own))
     allowed = required | {*tuning.statistics, *tuning.buffers}
-    problems += [f"missing: {key}" for key in sorted(required - set(tensors))]
-    problems += [f"unexpected: {key}" for key in sorted(set(tensors) - allowed)]
-    for key in sorted(set(tensors) & allowed):
-        if tensors[key].shape != own[key].shape:
-            problems.append(f"{key} is {tuple(tensors[key].shape)} in the file, {tuple(own[key].shape)} in the model")
-        if _has_nan(tensors[key]):
-            problems.append(f"{key} holds NaN")
-    if check_base and not problems:
-        other = [key for key, digest in _base_digests(root).items() if info.base.get(key) != digest]
-        shown = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
-        if other:
-            problems.append(f"{len(other)} of {len(info.base)} adapted base weights are not what it was trained on ({shown})")
-            problems.append("load the right base weights first, or pass check_base=False if you know that they go together")
-    return problems
+    problems += [f"missing: {key}" for key in sorted(required - tensors.keys())]
+    problems += [f"unexpected: {key}" for key in sorted(tensors.keys() - allowed)]
+    shared = sorted(tensors.keys() & allowed)
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in shared
+        if tensors[key].shape != own[key].shape
+    ]
+    problems += [f"{key} holds NaN" for key in _with_nan({key: tensors[key] for key in shared})]
+    return problems + (_other_base(_base_digests(root), info) if check_base and not problems else [])
+
+
+def _other_base(digests: Mapping[str, str], info: AdapterInfo) -> list[str]:
+    other = [key for key, digest in digests.items() if not digest.startswith(info.base.get(key) or "no digest")]
+    if not other and info.base_digest in (None, base_digest(digests)):
+        return []
+    shown = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
+    return [
+        f"{len(other) or 'some'} of {len(info.base)} adapted base weights are not what it was trained on ({shown})",
+        "load the right base weights first, or pass check_base=False if you know that they go together",
+    ]
 
 
 def _as_read_today(config: dict[str, Any] | None) -> dict[str, Any] | None:

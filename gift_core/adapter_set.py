@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from gift_core.adapter_file import AdapterInfo, load_adapter, save_adapter
+from gift_core.adapter_file import load_adapter, save_adapter
+from gift_core.adapter_format import AdapterInfo
 from gift_core.distributed import is_sharded
 from gift_core.errors import AdapterNameError, AdapterNotFoundError, GiftError, ModelError, StateError
 from gift_core.info import Report, table_info

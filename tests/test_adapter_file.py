@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -33,7 +34,7 @@ from models import (
     tied,
     train,
 )
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from gift_core import (
@@ -49,13 +50,15 @@ from gift_core import (
     read_adapter_info,
     save_adapter,
 )
-from gift_core.adapter_file import FORMAT, _digest, _metadata, _read, tensor_digest
+from gift_core.adapter_file import _base_digests, tensor_digest
+from gift_core.adapter_format import FORMAT, Description, decode, encode
 from gift_core.errors import (
     AdapterFileError,
     AdapterMismatchError,
     AdapterNotFoundError,
     AdapterWriteError,
     StateError,
+    StrategyError,
     UnknownStrategyError,
 )
 from gift_core.factories import is_instance, reparameterize
@@ -87,16 +90,22 @@ def craft(
     description: Callable[[dict[str, Any]], object] = lambda description: None,
 ) -> None:
     """Change what a file holds and give it a digest that is right."""
-    info, content = _read(path)
-    described = {key: value for key, value in info.to_dict().items() if key != "file_bytes"}
-    described = {"format_version": 1, **described}
+    info, content = decode(path)
     tensors(content)
-    described["tensors"] = {
-        key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")} for key, value in content.items()
-    }
+    said = {key: value for key, value in info.to_dict().items() if key in Description.__dataclass_fields__}
+    _, start, payload = encode(Description(**said), content)
+    length = int.from_bytes(start[:8], "little")
+    header = json.loads(start[8 : 8 + length])
+    described = json.loads(header["__metadata__"][FORMAT])
+    # what was said of the base stays, because `encode` was given no more than the starts of its digests
+    described["base_digest"] = info.base_digest
     description(described)
-    described["digest"] = _digest(described, content)
-    save_file(content, path, _metadata(described))
+    header["__metadata__"][FORMAT] = json.dumps(described)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    data = len(text).to_bytes(8, "little") + text + payload.numpy().tobytes()
+    place = data.index(header["__metadata__"]["digest"].encode())
+    digest = hashlib.sha256(data[:place] + data[place + 64 :]).hexdigest()
+    path.write_bytes(data[:place] + digest.encode() + data[place + 64 :])
 
 
 STRATEGIES: dict[str, tuple[Builder, FineTuningStrategy]] = {
@@ -376,17 +385,17 @@ class _Explodes:
         return exec, ("raise SystemExit('unpickled')",)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_version(version: object, path: Path) -> None:
     """A format version that this core does not know is refused with the version it reads."""
     save_adapter(tuned(), path)
     craft(path, description=lambda description: description.update(format_version=version))
 
-    with refused(model := cnn(), AdapterFileError, repr(version), "reads 1"):
+    with refused(model := cnn(), AdapterFileError, repr(version), "reads 1 and 2"):
         load_adapter(model, path)
 
 
-@pytest.mark.parametrize("key", ["strategy", "sites", "structure", "base", "tensors", "provider"])
+@pytest.mark.parametrize("key", ["strategy", "sites", "structure", "base", "base_digest", "provider"])
 def test_an_incomplete_description(key: str, path: Path) -> None:
     """A description that lacks a part, or has it of another kind, is refused."""
     save_adapter(tuned(), path)
@@ -514,7 +523,7 @@ def test_every_problem_at_once(path: Path) -> None:
 def test_other_sites(path: Path) -> None:
     """A file that says it adapts other sites than the strategy does is refused."""
     save_adapter(tuned(), path)
-    craft(path, description=lambda description: description["sites"].pop("head"))
+    craft(path, description=lambda said: said.update(sites=[["LoRA", "weight", ["conv"]]], base=said["base"][:8]))
 
     check_refused(path, "in the model alone ['head']")
 
@@ -702,6 +711,62 @@ def test_an_interrupt_while_saving(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_file_is_a_safetensors_file(path: Path) -> None:
+    """Any reader of safetensors finds the same tensors in the file, of every dtype that torch trains, and of no numbers."""
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64):
+        model = nn.Module()
+        model.odd, model.empty = nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(0, 4, dtype=dtype))
+        model.brief = nn.Parameter(torch.full((5,), 0.5, dtype=torch.bfloat16))
+        model.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        enable_fine_tuning(model, "full")
+        model.steps.add_(2)
+
+        save_adapter(model, path)
+        read = load_file(path)
+
+        state = model.state_dict()
+        assert read.keys() == state.keys()
+        assert all(read[key].dtype == state[key].dtype and torch.equal(read[key], state[key]) for key in read)
+        assert all(torch.equal(value, read[key]) for key, value in decode(path)[1].items())
+
+
+@pytest.mark.parametrize("layers", [60, 600])
+def test_a_file_is_little_more_than_its_numbers(layers: int, path: Path) -> None:
+    """The description of many small layers with long names takes less than a tenth of what their numbers take."""
+    model = nn.ModuleDict({f"model_layers_{layer}_self_attention_q_proj": nn.Linear(64, 64) for layer in range(layers)})
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=8))
+
+    info = save_adapter(model, path)
+
+    assert info.file_bytes < 1.1 * sum(value.nbytes for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("config", [{"name": 3, "parameters": {}}, {"parameters": {}}, ["lora"], {"name": "a", "parameters": {1j}}])
+def test_a_config_that_is_no_data(config: Any, path: Path) -> None:
+    """A strategy whose own config has no name, or is no JSON, is an error of ours when it is saved, and no file is written."""
+
+    class Odd(FullFineTuningStrategy):
+        def to_config(self) -> dict[str, Any]:
+            return config  # type: ignore[no-any-return]
+
+    enable_fine_tuning(model := cnn(), Odd())
+
+    with pytest.raises(StrategyError, match="not saved"):
+        save_adapter(model, path)
+    assert not path.exists()
+
+
+def test_weights_are_digested_alike_alone_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many weights are looked at in one step, each has the digest that it has alone."""
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(7)], nn.Linear(3, 4))
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1))
+    alone = {f"{place}.weight": tensor_digest(layer._parameters["weight"]) for place, layer in enumerate(model)}
+
+    for size in (0, 80, 2**22):
+        monkeypatch.setattr("gift_core.adapter_file._STRETCH", size)
+        assert _base_digests(model) == alone
 
 
 # --- digests

@@ -35,11 +35,11 @@ class Net(nn.Module):
         return self.head(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("name", ["v1_lora", "v1_full"])
+@pytest.mark.parametrize("name", ["v1_lora", "v1_full", "v2_lora", "v2_full"])
 def test_files_of_every_version_load(name: str) -> None:
     """A file that an earlier version wrote gives, on its base model, the outputs that were recorded then."""
     model = Net()
-    expected = load_file(DATA / f"adapter_{name}_output.safetensors")["output"]
+    expected = load_file(DATA / f"adapter_v1_{name[3:]}_output.safetensors")["output"]
 
     load_adapter(model, DATA / f"adapter_{name}.safetensors")
     outputs = model.eval()(plain_numbers((2, 3, 5, 5), 7))

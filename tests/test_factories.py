@@ -368,3 +368,13 @@ def test_errors_are_of_one_family() -> None:
     """Whoever catches GiftError catches what a factory raises."""
     assert issubclass(PatternError, StrategyError)
     assert issubclass(StrategyError, GiftError)
+
+
+def test_thousands_of_patterns() -> None:
+    """As many targets and exclusions as a large model has layers make one check, which prints, compares and is tested as others."""
+    names = [f"layer{number}" for number in range(3000)]
+    site = (nn.Module(), "layer2999", "layer2999", "Linear", nn.Linear(1, 1))
+
+    assert selects(names)(*site) and not selects(exclude=names)(*site)
+    assert selects(names) == selects(names) and "'layer2999'" in repr(selects(names))
+    assert [part.arguments[0] for part, _ in selects(names).naming_parts()] == names

@@ -11,7 +11,7 @@ import click
 from gift_core.cli.output import file_size, json_option, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
-    from gift_core.adapter_file import AdapterInfo
+    from gift_core.adapter_format import AdapterInfo
 
 
 @click.command("info")

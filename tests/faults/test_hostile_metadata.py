@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tracemalloc
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ MEMORY_MULTIPLE = 64
 MEMORY_CONSTANT = 2**20
 
 MILLION = 1_000_000
+
+#: How the header of a file of ours starts; the digest follows.
+START = b'{"__metadata__":{"digest":"'
 
 #: Where the longest texts are not tried, which are slow and read there by the same code as elsewhere.
 SMALL_TEXTS_ONLY = {"tensor", "key", "name", "metadata[format]", "metadata[extra]"}
@@ -71,8 +75,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def with_header(data: bytes, header: bytes) -> bytes:
-    """The file with another header, its length put right."""
-    return len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :]
+    """The file with another header, its length and its digest put right, as anyone can."""
+    changed = len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :]
+    place = changed.index(START) + len(START) if header.startswith(START) else len(changed)
+    digest = hashlib.sha256(changed[:place] + changed[place + 64 :]).hexdigest().encode() if place < len(changed) else b""
+    return changed[:place] + digest + changed[place + 64 :]
+
+
+def compact(header: object) -> str:
+    """JSON as a header has it."""
+    return json.dumps(header, separators=(",", ":"))
 
 
 def header_of(data: bytes) -> dict[str, object]:
@@ -89,11 +101,11 @@ def places(data: bytes, text: str) -> Iterator[tuple[str, bytes]]:
     raw = text.encode("utf-8", "surrogatepass")
     yield "header", raw
     yield "metadata", b'{"__metadata__":' + raw + b"}"
-    yield "tensor", json.dumps(header).encode()[:-1] + b',"conv.weight":' + raw + b"}"
+    yield "tensor", compact(header).encode()[:-1] + b',"conv.weight":' + raw + b"}"
     for key in (*metadata, "extra"):
-        yield f"metadata[{key}]", json.dumps(header | {"__metadata__": metadata | {key: text}}).encode()
-    yield "key", json.dumps(header | {"__metadata__": metadata | {text: ""}}).encode()
-    yield "name", json.dumps(header | {text: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+        yield f"metadata[{key}]", compact(header | {"__metadata__": metadata | {key: text}}).encode()
+    yield "key", compact(header | {"__metadata__": metadata | {text: ""}}).encode()
+    yield "name", compact(header | {text: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -169,7 +181,7 @@ def test_hostile_entry(hostile: object, saved: bytes, tmp_path: Path, record_fau
     silent, foreign = [], []
 
     for name in (*names, "another", "", "../up", "conv.missing"):
-        path.write_bytes(with_header(saved, json.dumps(header | {name: hostile}).encode()))
+        path.write_bytes(with_header(saved, compact(header | {name: hostile}).encode()))
         try:
             load_adapter(model, path)
             silent.append(name)
@@ -195,3 +207,10 @@ def test_a_sound_file_takes_little_more_than_itself(tmp_path: Path) -> None:
     tracemalloc.stop()
 
     assert peak < 4 * size
+
+
+def test_a_header_that_is_written_anew_is_taken(saved: bytes, tmp_path: Path) -> None:
+    """The same header with its digest put right loads: what the hostile ones are refused for is what they say."""
+    (tmp_path / "adapter").write_bytes(with_header(saved, compact(header_of(saved)).encode()))
+
+    load_adapter(cnn(), tmp_path / "adapter")
