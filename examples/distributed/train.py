@@ -63,6 +63,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(report)
         print(f"wrote {options.adapter}: {info.file_bytes} bytes")
+    dist.barrier()  # a process that leaves early takes the connection away from under the others
     dist.destroy_process_group()
 
 
