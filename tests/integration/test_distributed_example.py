@@ -20,7 +20,11 @@ PAGE = ROOT / "docs" / "distributed.md"
 def run(*command: str, cwd: Path) -> str:
     """Run a command in a folder of its own, and give what it printed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else ""}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    for _ in range(2):
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+        # seen once on a loaded machine: a thread of torch's own still runs while its process ends, and C++ aborts
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     return done.stdout
 
