@@ -68,11 +68,11 @@ class System:
 
     def enable(self, model: nn.Module) -> None:
         """Put the adapters on."""
-        raise NotImplementedError
+        raise NotImplementedError  # a base: each library below has its own
 
     def pairs(self) -> Pairs:
         """The factors of every target, as they are trained."""
-        raise NotImplementedError
+        raise NotImplementedError  # a base: each library below has its own
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer gets."""

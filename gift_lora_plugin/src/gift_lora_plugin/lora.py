@@ -220,11 +220,11 @@ class _LinearMap(LoRA):
 
     def _tuned(self, input: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         """The map by ``W + s B A``."""
-        raise NotImplementedError
+        raise NotImplementedError  # a base: each kind of layer below has its own
 
     def _frozen(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """The map by ``W``."""
-        raise NotImplementedError
+        raise NotImplementedError  # a base: each kind of layer below has its own
 
 
 class LinearLoRA(_LinearMap):
