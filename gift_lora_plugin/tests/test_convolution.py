@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from gift_lora_plugin import convolution
 from gift_lora_plugin.convolution import low_rank_conv
 from gift_lora_plugin.lowrank import CONV_LAYOUTS, matrix_shape
 
@@ -94,19 +97,36 @@ def test_dropout_is_of_the_input_of_the_update_alone():
     assert not torch.allclose(seeded(), tuned(layer, *tensors))
 
 
+# channels in and out, side of the image, settings; where the taps of the thin convolution are, and whether the weight is built
 SIZES = {
-    "thin, on the image": (4, 6, 7, {}),
-    "weight": (4, 6, 40, {}),
-    "thin, on the input": (2, 6, 40, {"stride": 2}),
-    "border beyond the kernel": (4, 6, 7, {"padding": 3}),
-    "pointwise": (4, 6, 7, {"kernel_size": 1}),
-    "strided, dilated": (4, 6, 9, {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 2)}),
+    "taps on the thin image": (24, 24, 4, {}, "_TapsOnImage", False),
+    "weight": (4, 6, 12, {}, "_TapsOnImage", True),
+    "taps on the input": (2, 64, 8, {"stride": 4, "kernel_size": 4}, "_TapsOnInput", False),
+    "weight, taps on the input": (2, 6, 12, {"stride": 2}, "_TapsOnInput", True),
+    "border beyond the kernel": (24, 24, 4, {"padding": 3}, "_TapsOnInput", False),
+    "strided, dilated": (24, 24, 7, {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 2)}, "_TapsOnImage", False),
+    "one tap": (24, 24, 3, {"kernel_size": 1}, "_OneTap", False),
+    "one tap, strided": (24, 24, 4, {"kernel_size": 1, "stride": (2, 1)}, "_OneTap", False),
+    "one tap, weight": (4, 6, 7, {"kernel_size": 1}, "_OneTap", True),
+    "one tap, strided, weight": (4, 6, 7, {"kernel_size": 1, "stride": 2}, "_TapsOnInput", True),
 }
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_choice_of_a_way(name, monkeypatch):
+    """The sizes above take every way through the function, which the tests below rely on."""
+    ways = []
+    node = convolution._LowRankConv
+    monkeypatch.setattr(convolution, "_LowRankConv", SimpleNamespace(apply=lambda *given: ways.append(given[-1]) or node.apply(*given)))
+    layer, tensors = of_size(name, torch.float32)
+    tuned(layer, *tensors)
+
+    assert [(way.taps.__name__, way.builds_weight) for way in ways] == [SIZES[name][4:]]
 
 
 def of_size(name: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A layer, and an input and factors for it, of the size that takes one of the ways through the function."""
-    channels, out, side, settings = SIZES[name]
+    channels, out, side, settings, *_ = SIZES[name]
     torch.manual_seed(0)
     layer = nn.Conv2d(channels, out, **({"kernel_size": 3} | settings)).to(dtype).requires_grad_(False)
     rows, columns = matrix_shape(layer.weight.shape, "out_as_h")
@@ -136,8 +156,8 @@ def test_gradients_of_gradients(name):
     layer, tensors = of_size(name, torch.float64)
     small = tuple(tensor.detach()[..., :8, :8].clone().requires_grad_() if tensor.dim() == 4 else tensor for tensor in tensors)
 
-    assert torch.autograd.gradcheck(lambda *given: tuned(layer, *given), small)
-    assert torch.autograd.gradgradcheck(lambda *given: tuned(layer, *given), small)
+    assert torch.autograd.gradcheck(lambda *given: tuned(layer, *given), small, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *given: tuned(layer, *given), small, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -156,7 +176,7 @@ def test_no_weight_of_full_size_is_kept(name):
 
 def test_autocast():
     """Under autocast the layer computes in the lower precision, as the frozen layer does, and gives float32 gradients."""
-    layer, tensors = of_size("thin, on the image", torch.float32)
+    layer, tensors = of_size("taps on the thin image", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         output = tuned(layer, *tensors)
         plain = oracle(layer, *tensors)

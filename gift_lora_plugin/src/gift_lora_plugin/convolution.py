@@ -14,34 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gift_lora_plugin.fusion import as_autocast, draw_mask, kept, may_fuse
+from gift_lora_plugin.fusion import as_autocast, draw_mask, kept, may_fuse, times
 from gift_lora_plugin.lowrank import add_low_rank, low_rank_update, own_precision
 
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-class _Geometry(NamedTuple):
-    """Where the taps of a convolution with two kernel dimensions fall."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-    @property
-    def margin(self) -> tuple[int, ...]:
-        """How far the taps of an input's border reach beyond the image."""
-        return tuple(d * (k - 1) - p for k, p, d in zip(self.kernel, self.padding, self.dilation, strict=True))
-
-    def size_of(self, input: Tensor) -> tuple[int, ...]:
-        """The size of the image that an input gives."""
-        sides = zip(input.shape[2:], self.stride, self.margin, self.padding, strict=True)
-        return tuple((n + p - m - 1) // s + 1 for n, s, m, p in sides)
-
-    def puts_taps_on_input(self, input: Tensor, rank: int) -> bool:
-        """Whether the taps multiply fewer numbers on the input than on a thin image, or reach a border that no thin image has."""
-        fewer = input.shape[1] * math.prod(self.size_of(input)) <= rank * math.prod(input.shape[2:])
-        return fewer or min(self.margin) < 0
 
 
 def low_rank_conv(
@@ -94,7 +70,7 @@ def low_rank_conv(
     # dropout comes before padding, so that what is repeated at the border is dropped there too
     two_dimensions = groups == 1 and input.dim() == 4 == weight.dim() and not (pads and dropout) and dropout < 1
     if two_dimensions and may_fuse(input, weight, bias, lora_A, lora_B):
-        return _fused(padded(input), weight, bias, lora_A, lora_B, scaling, dropout, _Geometry(kernel, *settings))
+        return _fused(padded(input), weight, bias, lora_A, lora_B, scaling, dropout, settings)
     convolve: Callable[..., Tensor] = functools.partial(
         _CONVOLVE[len(kernel)], stride=settings[0], padding=margins, dilation=settings[2], groups=groups
     )
@@ -118,7 +94,7 @@ def _fused(
     lora_B: Tensor,
     scaling: float,
     dropout: float,
-    geometry: _Geometry,
+    settings: _Settings,
 ) -> Tensor:
     mask = draw_mask(input, dropout)
     blocks = lora_B.shape[0] // weight.shape[0]
@@ -126,20 +102,60 @@ def _fused(
         # the balanced layout is the other one at a higher rank
         lora_A, lora_B = torch.block_diag(*[lora_A] * blocks), lora_B.reshape(weight.shape[0], -1)
     tensors = as_autocast(input, weight, bias, lora_A, lora_B)
-    builds = mask is None and _builds_weight(input, weight, len(lora_A), geometry)
-    output: Tensor = _LowRankConv.apply(*tensors, scaling / (1 - dropout), mask, geometry, builds)
+    trains = torch.is_grad_enabled() and (input.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
+    way = _way(input.shape, weight.shape, lora_A.shape[0], settings, trains, mask is not None)
+    output: Tensor = _LowRankConv.apply(*tensors, scaling / (1 - dropout), mask, way)
     return output
 
 
-def _builds_weight(input: Tensor, weight: Tensor, rank: int, geometry: _Geometry) -> bool:
-    """Whether to add the update to the weight, rather than to the output and to the input's gradient.
+#: Stride, padding and dilation, as `torch.nn.functional.conv2d` takes them.
+_Settings = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
-    That moves fewer numbers where both images are larger than the weight, which is read, written and read again, and keeps no thin
-    image; unless the thin convolution costs next to nothing, or has a single tap and is one product.
+
+class _Way(NamedTuple):
+    """How a convolution of given sizes is computed.
+
+    Attributes:
+        settings: of the convolution.
+        kernel: its taps.
+        margin: how far the taps of an input's border reach beyond the image.
+        size: of the image that the input gives; ``dense`` is its size at stride 1.
+        taps: where the taps of the thin convolution are multiplied.
+        builds_weight: whether the update is added to the weight, rather than to the output and to the input's gradient.
     """
-    outputs = len(input) * weight.shape[0] * math.prod(geometry.size_of(input))
-    is_cheap = math.prod(geometry.kernel) == 1 or geometry.puts_taps_on_input(input, rank)
-    return not is_cheap and 3 * weight.numel() < min(input.numel(), outputs)
+
+    settings: _Settings
+    kernel: tuple[int, ...]
+    margin: tuple[int, ...]
+    size: tuple[int, ...]
+    dense: tuple[int, ...]
+    taps: type[_OneTap | _TapsOnInput | _TapsOnImage]
+    builds_weight: bool
+
+
+@functools.lru_cache(maxsize=2**12)
+def _way(input: tuple[int, ...], weight: tuple[int, ...], rank: int, settings: _Settings, trains: bool, dropout: bool) -> _Way:
+    """Choose among ways that give the same numbers, from the shapes of input and weight.
+
+    Adding the update to the weight passes over the weight three times, and again in the backward pass; adding it to the output and to
+    the input's gradient passes over the images, and over a thin image for each tap, which costs more than one product does. Hence the
+    factors, which were measured. Dropout is of the update's input, and leaves no choice.
+
+    Taps multiply the input or a thin image, whichever has fewer numbers to multiply; a border that no thin image has is on the input,
+    and so are single taps of which the stride needs few, unless the thin image must be spread over the input's gradient.
+    """
+    stride, padding, dilation = settings
+    kernel, image = weight[2:], input[2:]
+    margin = tuple(d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True))
+    dense = tuple(n + p - m for n, p, m in zip(image, padding, margin, strict=True))
+    size = tuple((n - 1) // s + 1 for n, s in zip(dense, stride, strict=True))
+    is_single = math.prod(kernel) == 1
+    images = math.prod(input) + input[0] * weight[0] * math.prod(size)
+    builds_weight = not dropout and math.prod(weight) * (3 if is_single else 1) * (1 if trains else 0.5) <= images
+    on_input = min(margin) < 0 or input[1] * math.prod(size) <= rank * math.prod(image)
+    if on_input or (is_single and builds_weight and size != dense):
+        return _Way(settings, kernel, margin, size, dense, _TapsOnInput, builds_weight)
+    return _Way(settings, kernel, margin, size, dense, _OneTap if is_single else _TapsOnImage, builds_weight)
 
 
 class _LowRankConv(torch.autograd.Function):
@@ -160,137 +176,155 @@ class _LowRankConv(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         mask: Tensor | None,
-        geometry: _Geometry,
-        builds_weight: bool,
+        way: _Way,
     ) -> Tensor:
         hidden = None
-        if builds_weight:
-            output = F.conv2d(input, _effective(weight, lora_A, lora_B, scaling), bias, *geometry[1:])
+        if way.builds_weight:
+            output = F.conv2d(input, _effective(weight, lora_A, lora_B, scaling), bias, *way.settings)
         else:
-            output = F.conv2d(input, weight, bias, *geometry[1:])
-            hidden = _thin(input, mask, lora_A, geometry).hidden()
-            _add_products(output, lora_B, hidden, scaling)
+            output = F.conv2d(input, weight, bias, *way.settings)
+            hidden = times(_thin(input, mask, lora_A, way).hidden(), scaling)
+            _add_product(output, lora_B, hidden)
         ctx.save_for_backward(input, weight, lora_A, lora_B, mask, hidden)
-        ctx.scaling, ctx.geometry = scaling, geometry
+        ctx.scaling, ctx.way = scaling, way
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input, weight, lora_A, lora_B, mask, hidden = ctx.saved_tensors
         needs_input, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        builds_weight = hidden is None
-        taps = _thin(input, mask, lora_A, ctx.geometry)
+        way: _Way = ctx.way
+        taps = _thin(input, mask, lora_A, way)
         grad_thin = grad.flatten(2).to(lora_B.dtype)
-        spread = taps.spread(_times(lora_B.t() * ctx.scaling, grad_thin))
+        spread = taps.spread(times(_product(lora_B.t(), grad_thin), ctx.scaling))
         grad_input = grad_A = grad_B = None
         if needs_B:
-            hidden = taps.hidden() if builds_weight or torch.is_grad_enabled() else hidden
-            grad_B = torch.bmm(hidden, grad_thin.transpose(1, 2)).sum(0).mul(ctx.scaling).t()
+            hidden = times(taps.hidden(), ctx.scaling) if way.builds_weight or torch.is_grad_enabled() else hidden
+            grad_B = torch.bmm(hidden, grad_thin.transpose(1, 2)).sum(0).t()
         if needs_A:
             grad_A = taps.grad_A(spread)
         if needs_input:
-            by = _effective(weight, lora_A, lora_B, ctx.scaling) if builds_weight else weight
-            grad_input = _convolution_backward(grad, input, by, ctx.geometry, of_input=True)
-            if not builds_weight:
+            by = _effective(weight, lora_A, lora_B, ctx.scaling) if way.builds_weight else weight
+            grad_input = _convolution_backward(grad, input, by, way.settings, of_input=True)
+            if not way.builds_weight:
                 taps.add_grad_input(grad_input, spread, mask)
-        return grad_input, None, None, grad_A, grad_B, None, None, None, None
+        return grad_input, None, None, grad_A, grad_B, None, None, None
 
 
-def _convolution_backward(grad: Tensor, input: Tensor, weight: Tensor, geometry: _Geometry, *, of_input: bool) -> Tensor:
+def _convolution_backward(grad: Tensor, input: Tensor, weight: Tensor, settings: _Settings, *, of_input: bool) -> Tensor:
     """The gradient of a plain convolution's input, or else of its weight."""
-    settings = (geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], 1, [of_input, not of_input, False])
-    gradients = torch.ops.aten.convolution_backward(grad, input, weight, None, *settings)
+    wanted = [of_input, not of_input, False]
+    gradients = torch.ops.aten.convolution_backward(grad, input, weight, None, *settings, False, [0, 0], 1, wanted)
     gradient: Tensor = gradients[0 if of_input else 1]
     return gradient
 
 
-def _times(matrix: Tensor, images: Tensor) -> Tensor:
-    """A matrix times each image, ``(batch, channels, space)``; torch's ``@`` would first copy the images."""
-    return torch.bmm(matrix.expand(len(images), -1, -1), images)
+def _product(matrix: Tensor, images: Tensor) -> Tensor:
+    """A matrix times each image, ``(batch, channels, pixels)``; torch's ``@`` would first copy the images."""
+    return torch.bmm(matrix.expand(images.shape[0], -1, -1), images)
 
 
-def _add_products(image: Tensor, left: Tensor, right: Tensor, scaling: float, mask: Tensor | None = None) -> None:
-    """Add ``scaling * left @ right``, ``(batch, channels, space)``, to an image in place."""
-    if mask is None and image.dtype == right.dtype and image.is_contiguous():
-        image.flatten(2).baddbmm_(left.expand(len(image), -1, -1), right, alpha=scaling)
+def _add_product(image: Tensor, matrix: Tensor, thin: Tensor, mask: Tensor | None = None) -> None:
+    """Add a matrix times each thin image, ``(batch, channels, pixels)``, to an image in place."""
+    is_view = image.is_contiguous() or image.is_contiguous(memory_format=torch.channels_last)
+    if mask is None and image.dtype == thin.dtype and is_view:
+        image.flatten(2).baddbmm_(matrix.expand(thin.shape[0], -1, -1), thin)
     else:
-        image.add_(kept(_times(left, right).view(image.shape), mask), alpha=scaling)
+        image.add_(kept(_product(matrix, thin).view(image.shape), mask))
 
 
-def _thin(input: Tensor, mask: Tensor | None, lora_A: Tensor, geometry: _Geometry) -> _TapsOnInput | _TapsOnImage:
-    """The thin convolution with its taps where they multiply fewer numbers: on the input, or on the thin image."""
-    kind = _TapsOnInput if geometry.puts_taps_on_input(input, len(lora_A)) else _TapsOnImage
-    return kind(kept(input, mask).to(lora_A.dtype), lora_A, geometry)
+def _thin(input: Tensor, mask: Tensor | None, lora_A: Tensor, way: _Way) -> _OneTap | _TapsOnInput | _TapsOnImage:
+    """The thin convolution by A."""
+    return way.taps(kept(input, mask).to(lora_A.dtype), lora_A, way)
 
 
 class _TapsOnInput:
     """The convolution by A, ``(rank, in * kernel)``, by torch's own."""
 
-    def __init__(self, input: Tensor, lora_A: Tensor, geometry: _Geometry) -> None:
-        self.input, self.geometry = input, geometry
-        self.kernel = lora_A.view(len(lora_A), input.shape[1], *geometry.kernel)
-        self.size = geometry.size_of(input)
+    def __init__(self, input: Tensor, lora_A: Tensor, way: _Way) -> None:
+        self.input, self.way = input, way
+        self.kernel = lora_A.view(lora_A.shape[0], input.shape[1], *way.kernel)
 
     def hidden(self) -> Tensor:
-        """The thin image, ``(batch, rank, space)``."""
-        image: Tensor = F.conv2d(self.input, self.kernel, None, *self.geometry[1:])
+        """The thin image, ``(batch, rank, pixels)``."""
+        image: Tensor = F.conv2d(self.input, self.kernel, None, *self.way.settings)
         return image.flatten(2)
 
     def spread(self, grad_hidden: Tensor) -> Tensor:
         """The gradient of the thin image as the gradients below take it."""
-        image: Tensor = grad_hidden.unflatten(2, self.size)
+        image: Tensor = grad_hidden.unflatten(2, self.way.size)
         return image
 
     def grad_A(self, spread: Tensor) -> Tensor:
         """The gradient of A."""
-        return _convolution_backward(spread, self.input, self.kernel, self.geometry, of_input=False).flatten(1)
+        return _convolution_backward(spread, self.input, self.kernel, self.way.settings, of_input=False).flatten(1)
 
     def add_grad_input(self, grad_input: Tensor, spread: Tensor, mask: Tensor | None) -> None:
         """Add the update's part to the gradient of the input, in place."""
-        image = _convolution_backward(spread, self.input, self.kernel, self.geometry, of_input=True)
+        image = _convolution_backward(spread, self.input, self.kernel, self.way.settings, of_input=True)
         grad_input.add_(kept(image, mask))
 
 
-class _TapsOnImage:
-    """The convolution by A as a product with each of its taps, added up where they fall on the thin image.
+class _OneTap:
+    """The convolution by A where the kernel is a single number: a product with each pixel, thinned out by the stride afterwards."""
 
-    The image is made at stride 1 and thinned out. `torch.nn.functional.fold` puts a tap on the far side, hence the reversed kernel.
-    """
-
-    def __init__(self, input: Tensor, lora_A: Tensor, geometry: _Geometry) -> None:
-        self.geometry = geometry
-        self.shape = (len(lora_A), input.shape[1], *geometry.kernel)
-        self.pixels = input.flatten(2)
-        self.taps = lora_A.view(self.shape).flip(2, 3).permute(0, 2, 3, 1).reshape(-1, input.shape[1])
-        self.size, self.dense = geometry.size_of(input), geometry._replace(stride=(1, 1)).size_of(input)
-
-    @property
-    def _folding(self) -> tuple[Any, ...]:
-        return self.geometry.kernel, self.geometry.dilation, self.geometry.margin
+    def __init__(self, input: Tensor, lora_A: Tensor, way: _Way) -> None:
+        self.pixels, self.taps, self.way = input.flatten(2), lora_A, way
 
     def hidden(self) -> Tensor:
-        """The thin image, ``(batch, rank, space)``."""
-        image: Tensor = F.fold(_times(self.taps, self.pixels), self.dense, *self._folding)
-        return image[:, :, :: self.geometry.stride[0], :: self.geometry.stride[1]].flatten(2)
+        """The thin image, ``(batch, rank, pixels)``."""
+        return self._at_stride(_product(self.taps, self.pixels))
+
+    def spread(self, grad_hidden: Tensor) -> Tensor:
+        """The gradient of each product."""
+        way = self.way
+        if way.size == way.dense:
+            return grad_hidden
+        dense = grad_hidden.new_zeros(*grad_hidden.shape[:2], *way.dense)
+        dense[:, :, :: way.settings[0][0], :: way.settings[0][1]] = grad_hidden.unflatten(2, way.size)
+        return dense.flatten(2)
+
+    def grad_A(self, spread: Tensor) -> Tensor:
+        """The gradient of A."""
+        return torch.bmm(spread, self.pixels.transpose(1, 2)).sum(0)
+
+    def add_grad_input(self, grad_input: Tensor, spread: Tensor, mask: Tensor | None) -> None:
+        """Add the update's part to the gradient of the input, in place."""
+        _add_product(grad_input, self.taps.t(), spread, mask)
+
+    def _at_stride(self, pixels: Tensor) -> Tensor:
+        way = self.way
+        if way.size == way.dense:
+            return pixels
+        return pixels.unflatten(2, way.dense)[:, :, :: way.settings[0][0], :: way.settings[0][1]].flatten(2)
+
+
+class _TapsOnImage(_OneTap):
+    """The convolution by A as a product with each of its taps, added up where they fall on the thin image.
+
+    `torch.nn.functional.fold` puts a tap on the far side, hence the reversed kernel.
+    """
+
+    def __init__(self, input: Tensor, lora_A: Tensor, way: _Way) -> None:
+        super().__init__(input, lora_A, way)
+        self.shape = (lora_A.shape[0], input.shape[1], *way.kernel)
+        self.taps = lora_A.view(self.shape).flip(2, 3).permute(0, 2, 3, 1).reshape(-1, input.shape[1])
+        self.folding = (way.kernel, way.settings[2], way.margin)
+
+    def hidden(self) -> Tensor:
+        """The thin image, ``(batch, rank, pixels)``."""
+        image: Tensor = F.fold(_product(self.taps, self.pixels), self.way.dense, *self.folding)
+        return self._at_stride(image.flatten(2))
 
     def spread(self, grad_hidden: Tensor) -> Tensor:
         """The gradient of each tap's product."""
-        image = grad_hidden.unflatten(2, self.size)
-        if self.geometry.stride != (1, 1):
-            dense = image.new_zeros(*image.shape[:2], *self.dense)
-            dense[:, :, :: self.geometry.stride[0], :: self.geometry.stride[1]] = image
-            image = dense
-        return F.unfold(image, *self._folding)
+        return F.unfold(super().spread(grad_hidden).unflatten(2, self.way.dense), *self.folding)
 
     def grad_A(self, spread: Tensor) -> Tensor:
         """The gradient of A."""
         rank, channels, *kernel = self.shape
-        taps: Tensor = torch.bmm(spread, self.pixels.transpose(1, 2)).sum(0)
-        return taps.view(rank, *kernel, channels).permute(0, 3, 1, 2).flip(2, 3).reshape(rank, -1)
-
-    def add_grad_input(self, grad_input: Tensor, spread: Tensor, mask: Tensor | None) -> None:
-        """Add the update's part to the gradient of the input, in place."""
-        _add_products(grad_input, self.taps.t(), spread, 1.0, mask)
+        taps: Tensor = super().grad_A(spread).view(rank, *kernel, channels)
+        return taps.permute(0, 3, 1, 2).flip(2, 3).reshape(rank, -1)
 
 
 def _pads(kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:

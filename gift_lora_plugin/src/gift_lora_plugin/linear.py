@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse
+from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse, times
 
 #: Below these sizes a layer costs what its calls cost, not its arithmetic: numbers in the weight, and those times the tokens.
 _TINY_WEIGHT, _TINY_PRODUCT = 2**14, 2**20
@@ -90,7 +90,7 @@ def _fused(
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """One node for the layer, which keeps the input and the thin product ``A x^T``.
+    """One node for the layer, which keeps the input and the thin product ``s A x^T``.
 
     A thin product is several times faster with its few rows first than with its few columns last, hence the transposes, and what has
     full size is added to in place. Where the backward pass is itself differentiated, the thin product is computed again, because a
@@ -109,9 +109,8 @@ class _LowRankLinear(torch.autograd.Function):
         mask: Tensor | None,
     ) -> Tensor:
         output = F.linear(input, weight, bias)
-        rows = output.view(-1, weight.shape[0])
-        hidden = lora_A @ _thin_rows(input, mask, lora_A).t()
-        add_product(rows, hidden.t(), lora_B.t(), scaling)
+        hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), scaling)
+        add_product(output.view(-1, weight.shape[0]), hidden.t(), lora_B.t())
         ctx.save_for_backward(input, weight, lora_A, lora_B, mask, hidden)
         ctx.scaling = scaling
         return output
@@ -120,23 +119,28 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         input, weight, lora_A, lora_B, mask, hidden = ctx.saved_tensors
         needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
-        grad = grad.reshape(-1, weight.shape[0])
-        grad_thin = grad.to(lora_B.dtype)
-        grad_hidden = (lora_B.t() @ grad_thin.t()).mul(ctx.scaling)
+        grad = _rows(grad)
+        grad_thin = grad if grad.dtype == lora_B.dtype else grad.to(lora_B.dtype)
+        grad_hidden = times(lora_B.t() @ grad_thin.t(), ctx.scaling)
         grad_input = grad_A = grad_B = None
         if needs_input:
             grad_input = grad @ weight
-            add_product(grad_input, grad_hidden.t(), lora_A, mask=None if mask is None else mask.reshape(grad_input.shape))
+            add_product(grad_input, grad_hidden.t(), lora_A, mask=None if mask is None else _rows(mask))
             grad_input = grad_input.view(input.shape)
         if needs_A:
             grad_A = grad_hidden @ _thin_rows(input, mask, lora_A)
         if needs_B:
             if torch.is_grad_enabled():
-                hidden = lora_A @ _thin_rows(input, mask, lora_A).t()
-            grad_B = (hidden @ grad_thin).mul(ctx.scaling).t()
+                hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), ctx.scaling)
+            grad_B = (hidden @ grad_thin).t()
         return grad_input, None, None, grad_A, grad_B, None, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _thin_rows(input: Tensor, mask: Tensor | None, lora_A: Tensor) -> Tensor:
     """What the update reads: the input as ``(tokens, in)``, without what dropout dropped, in the adapter's dtype."""
-    return kept(input, mask).reshape(-1, lora_A.shape[1]).to(lora_A.dtype)
+    rows = _rows(input if mask is None else kept(input, mask))
+    return rows if rows.dtype == lora_A.dtype else rows.to(lora_A.dtype)

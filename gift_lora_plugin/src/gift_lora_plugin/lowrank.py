@@ -54,4 +54,6 @@ def add_low_rank(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float)
 
 def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
     """A context without autocast, in which a weight is built, so that merged and unmerged weights agree."""
-    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
