@@ -296,7 +296,8 @@ class _OneTap:
         way = self.way
         if way.size == way.dense:
             return pixels
-        return pixels.unflatten(2, way.dense)[:, :, :: way.settings[0][0], :: way.settings[0][1]].flatten(2)
+        image: Tensor = pixels.unflatten(2, way.dense)
+        return image[:, :, :: way.settings[0][0], :: way.settings[0][1]].flatten(2)
 
 
 class _TapsOnImage(_OneTap):
@@ -323,7 +324,7 @@ class _TapsOnImage(_OneTap):
     def grad_A(self, spread: Tensor) -> Tensor:
         """The gradient of A."""
         rank, channels, *kernel = self.shape
-        taps: Tensor = super().grad_A(spread).view(rank, *kernel, channels)
+        taps = super().grad_A(spread).view(rank, *kernel, channels)
         return taps.permute(0, 3, 1, 2).flip(2, 3).reshape(rank, -1)
 
 
