@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from functools import partial
@@ -42,7 +43,8 @@ def measure(rounds: int, record: Record) -> None:
 
 def milliseconds(statement: str) -> float:
     """How long a statement takes in a new interpreter that has torch."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM.format(statement)], capture_output=True, text=True, encoding="utf-8", check=True
-    )
+    program = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(statement)]
+    # pip compiles what it installs, and an editable project is compiled by its first import, if that is allowed to
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(program, capture_output=True, text=True, encoding="utf-8", check=True, env=surroundings)
     return float(done.stdout.split()[-1])
