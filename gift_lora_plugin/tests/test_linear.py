@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gift_lora_plugin import linear
+from gift_lora_plugin.fusion import packed, unpacked
 from gift_lora_plugin.linear import low_rank_linear
 
 SCALING = 0.7
@@ -258,3 +259,17 @@ def test_any_strides_are_welcome():
     got = torch.autograd.grad(low_rank_linear(*tensors.values(), SCALING).sum(), [tensors["input"], tensors["lora_B"]])
 
     torch.testing.assert_close(got, torch.autograd.grad(oracle(**tensors).sum(), [tensors["input"], tensors["lora_B"]]))
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 5), (64,), (2, 3, 4, 5)])
+def test_a_kept_mask_takes_a_bit_a_number(shape):
+    """A mask comes back as it was from an eighth of its bytes, in any memory format."""
+    torch.manual_seed(0)
+    mask = torch.rand(shape) < 0.5
+    formats = [mask] if mask.dim() != 4 else [mask, mask.to(memory_format=torch.channels_last)]
+
+    for one in formats:
+        bits = packed(one)
+        assert bits.nbytes == -(-mask.numel() // 8)
+        assert torch.equal(unpacked(bits, one), mask)
+    assert unpacked(packed(None), mask) is None

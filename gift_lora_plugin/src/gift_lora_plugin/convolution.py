@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gift_lora_plugin.fusion import as_autocast, draw_mask, kept, may_fuse, times
-from gift_lora_plugin.lowrank import add_low_rank, low_rank_update, own_precision
+from gift_lora_plugin.fusion import as_autocast, draw_mask, kept, may_fuse, packed, times, unpacked
+from gift_lora_plugin.lowrank import add_low_rank, drop, low_rank_update, own_precision
 
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -78,7 +78,7 @@ def low_rank_conv(
         return convolve(padded(input), _effective(weight, lora_A, lora_B, scaling), bias)
     with own_precision(weight.device.type):
         update = low_rank_update(lora_B, lora_A, weight.shape, scaling).to(weight.dtype)
-    return convolve(padded(input), weight, bias) + convolve(padded(F.dropout(input, dropout)), update)
+    return convolve(padded(input), weight, bias) + convolve(padded(drop(input, dropout)), update)
 
 
 def _effective(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -185,13 +185,14 @@ class _LowRankConv(torch.autograd.Function):
             output = F.conv2d(input, weight, bias, *way.settings)
             hidden = times(_thin(input, mask, lora_A, way).hidden(), scaling)
             _add_product(output, lora_B, hidden)
-        ctx.save_for_backward(input, weight, lora_A, lora_B, mask, hidden)
+        ctx.save_for_backward(input, weight, lora_A, lora_B, packed(mask), hidden)
         ctx.scaling, ctx.way = scaling, way
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, weight, lora_A, lora_B, mask, hidden = ctx.saved_tensors
+        input, weight, lora_A, lora_B, bits, hidden = ctx.saved_tensors
+        mask = unpacked(bits, input)
         needs_input, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         way: _Way = ctx.way
         taps = _thin(input, mask, lora_A, way)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 # private to torch, so that a version without it must not break us: it then always gets the reference formula
 _under_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
@@ -47,6 +48,26 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 def draw_mask(input: Tensor, dropout: float) -> Tensor | None:
     """Which numbers of the input dropout keeps, one byte each, drawn as `torch.nn.functional.dropout` draws them; None for all."""
     return torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+
+
+#: One bit in each byte, nine apart, as a signed number: it brings eight bytes of 0 or 1 together in the highest, and apart again.
+_DIAGONAL, _ONES = 0x8040201008040201 - 2**64, 0x0101010101010101
+
+
+def packed(mask: Tensor | None) -> Tensor | None:
+    """A mask, of which a backward pass keeps eight numbers in a byte."""
+    if mask is None:
+        return None
+    numbers = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(torch.int64)
+    return (numbers * _DIAGONAL >> 56).to(torch.uint8)
+
+
+def unpacked(bits: Tensor | None, like: Tensor) -> Tensor | None:
+    """The mask that `packed` was given, for a tensor of the same shape."""
+    if bits is None:
+        return None
+    numbers = (bits.to(torch.int64) * _DIAGONAL >> 7) & _ONES
+    return numbers.view(torch.bool)[: like.numel()].view(like.shape)
 
 
 def kept(tensor: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse, times
+from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse, packed, times, unpacked
+from gift_lora_plugin.lowrank import drop
 
 #: Below these sizes a layer costs what its calls cost, not its arithmetic: numbers in the weight, and those times the tokens.
 _TINY_WEIGHT, _TINY_PRODUCT = 2**14, 2**20
@@ -66,7 +67,7 @@ def _reference(
     input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
 ) -> Tensor:
     base = F.linear(input, weight, bias)
-    thin = F.dropout(input, dropout) if dropout else input
+    thin = drop(input, dropout) if dropout else input
     update = F.linear(F.linear(thin.to(lora_A.dtype), lora_A), lora_B)
     return torch.add(base, update, alpha=scaling).to(base.dtype)
 
@@ -111,13 +112,14 @@ class _LowRankLinear(torch.autograd.Function):
         output = F.linear(input, weight, bias)
         hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), scaling)
         add_product(output.view(-1, weight.shape[0]), hidden.t(), lora_B.t())
-        ctx.save_for_backward(input, weight, lora_A, lora_B, mask, hidden)
+        ctx.save_for_backward(input, weight, lora_A, lora_B, packed(mask), hidden)
         ctx.scaling = scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, weight, lora_A, lora_B, mask, hidden = ctx.saved_tensors
+        input, weight, lora_A, lora_B, bits, hidden = ctx.saved_tensors
+        mask = unpacked(bits, input)
         needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
         grad = _rows(grad)
         grad_thin = grad if grad.dtype == lora_B.dtype else grad.to(lora_B.dtype)

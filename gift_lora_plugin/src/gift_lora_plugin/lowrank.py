@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 #: How a convolution's weight is laid out as a matrix; the first is the default.
 CONV_LAYOUTS = ("balanced", "out_as_h")
@@ -50,6 +51,13 @@ def add_low_rank(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float)
     rows, columns = lora_B.shape[0], lora_A.shape[1]
     matrix = weight.reshape(rows, columns).to(lora_B.dtype)
     return torch.addmm(matrix, lora_B, lora_A, alpha=scaling).view(weight.shape)
+
+
+def drop(input: Tensor, dropout: float) -> Tensor:
+    """`torch.nn.functional.dropout` in training; a complex number, which that does not take, is dropped or kept as one."""
+    if not input.is_complex():
+        return F.dropout(input, dropout)
+    return input * F.dropout(torch.ones_like(input.real), dropout)
 
 
 def own_precision(device: str) -> contextlib.AbstractContextManager[Any]:
