@@ -104,6 +104,13 @@ def sbom(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def mutants(session: nox.Session) -> None:
+    """Change one small thing of the core at a time, and see whether a test notices; arguments go to the program."""
+    _need(session, "cosmic_ray")
+    session.run(sys.executable, "tools/mutants.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
     """Measure speed, memory and scale against the peers, and write the page and the picture; arguments go to the program."""
     arguments = session.posargs or [

@@ -217,6 +217,30 @@ def test_a_class_from_elsewhere_has_no_plain_form() -> None:
         is_instance(MyLinear).to_config()
 
 
+@pytest.mark.parametrize(
+    ("factory", "argument"),
+    [
+        (name_is, "x"),
+        (name_contains, "x"),
+        (name_matches, "x"),
+        (lies_in, "x"),
+        (layer_index, 3),
+        (parameter_name_is, "x"),
+        (parameter_name_contains, "x"),
+    ],
+    ids=lambda thing: getattr(thing, "__name__", ""),
+)
+def test_what_names_something_is_not_optional_by_itself(factory: Callable[..., Check], argument: Any) -> None:
+    """Each check that names something in the model must find it, unless it says ``optional=True``."""
+    check, optional = factory(argument), factory(argument, optional=True)
+
+    assert [*check.naming_parts()] == [(check, False)]
+    assert [*(~check).naming_parts()] == [(check, True)]
+    assert [*optional.naming_parts()] == []
+    with pytest.raises(NoMatchError):
+        plan_fine_tuning(cnn(), FineTuningStrategy([(everything(), keep_trainable()), (check, keep_trainable())]))
+
+
 def test_a_name_must_be_found_unless_it_is_optional() -> None:
     """A check that names something missing is an error; with ``optional=True`` it is not."""
     cap = (name_is("head"), keep_trainable())

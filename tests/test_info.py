@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -7,8 +8,8 @@ import torchvision
 from models import ALL, Builder, cnn, mlp, shared, tied
 from torch import nn
 
-from gift_core import enable_fine_tuning, merge_strategies, plan_fine_tuning
-from gift_core.info import Count, collect_trainable_parameters, table_info
+from gift_core import OptimizerReport, enable_fine_tuning, merge_strategies, plan_fine_tuning
+from gift_core.info import CapMatches, Count, Report, collect_trainable_parameters, table_info
 from gift_lora_plugin import LoRAAllFineTuningStrategy
 
 
@@ -82,6 +83,39 @@ def test_a_count_adds_tensors_numbers_and_bytes() -> None:
 
     assert Count.of(model.parameters()) == Count(4, 8 + 3, 8 * 4 + 3 * 2)
     assert "11 in 4 tensors" in str(Count.of(model.parameters()))
+
+
+def test_a_count_says_its_size_in_megabytes() -> None:
+    """A megabyte is a million bytes, and two decimals are shown."""
+    assert str(Count(3, 1_234_567, 4_938_268)) == "1,234,567 in 3 tensors, 4.94 MB"
+
+
+def report_of(sites: int) -> Report:
+    """A report of one cap that matched so many sites."""
+    names = tuple(f"layer{number}" for number in range(sites))
+    return Report("s", (CapMatches("module", "rule", names),), (), (), (), Count(1, 2, 3), Count(0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("sites", "shown"),
+    [(4, "layer0, layer1, layer2, layer3 "), (5, "layer0, layer1, layer2, layer3, ... layer4"), (99, "layer2, layer3, ... layer98")],
+)
+def test_a_long_list_of_sites_is_cut(sites: int, shown: str) -> None:
+    """Up to four sites are all named; of more, the first four and the last."""
+    text = str(report_of(sites)).replace("\n", " \n")
+
+    assert shown in text
+    assert f"| {sites} " in text
+
+
+def test_a_report_stays_as_it_was_made() -> None:
+    """A report, its counts, its matches and what is said of an optimizer cannot be changed afterwards."""
+    report = report_of(1)
+
+    parts = (report, "strategy"), (report.before, "numbers"), (report.caps[0], "cap"), (OptimizerReport((), (), 0), "strangers")
+    for part, field in parts:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, field, "other")
 
 
 @pytest.mark.parametrize("build", [cnn, tied, shared], ids=lambda build: build.__name__)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
-from models import mlp, nested, shared
+from models import ALL, Builder, mlp, nested, shared
 from torch import nn
 
 from gift_core import ModuleIterator, ModuleSite, ParameterSite
 from gift_core.errors import GiftError, ModelError
-from gift_core.iterator import join_name
+from gift_core.iterator import Inventory, join_name, named_parameters_below, walk_modules
 
 
 class TestNet(nn.Module):
@@ -106,6 +106,16 @@ def test_only_a_module_can_be_walked(thing: object) -> None:
     assert isinstance(caught.value, (GiftError, TypeError))
 
 
+@pytest.mark.parametrize("build", [*ALL, lambda: nn.Linear(2, 3), lambda: nn.Linear(2, 3, bias=False)])
+def test_what_is_below_a_module_is_what_torch_finds(build: Builder) -> None:
+    """Modules and parameters below a module, or of one without children, come under all their names, as torch gives them."""
+    model = build()
+
+    assert walk_modules(model) == list(model.named_modules(remove_duplicate=False))
+    found = [(name, id(parameter)) for name, parameter in named_parameters_below(model)]
+    assert found == [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
+
+
 def test_sites_know_their_full_names() -> None:
     """A module's full name is its global name; a parameter's has its own name after a dot, and none at the root."""
     layer = nn.Linear(2, 2)
@@ -120,3 +130,22 @@ def test_sites_know_their_full_names() -> None:
 def test_the_iterator_says_what_it_walks() -> None:
     """Its repr names the class and the parent name."""
     assert repr(ModuleIterator(TestNet(), "net")) == "ModuleIterator(TestNet, parent_name='net')"
+
+
+@pytest.mark.parametrize("build", ALL, ids=lambda build: build.__name__)
+def test_an_inventory_is_what_torch_lists(build: Builder) -> None:
+    """Every module and tensor under each of its names, in torch's order; the persistent buffers as a state dict has them."""
+    model = build()
+    inventory = Inventory.of(model)
+
+    assert inventory.modules == list(model.named_modules(remove_duplicate=False))
+    assert [(key, id(p)) for key, _, _, p in inventory.parameters] == [
+        (key, id(p)) for key, p in model.named_parameters(remove_duplicate=False)
+    ]
+    assert [(key, id(b)) for key, _, _, b in inventory.buffers] == [
+        (key, id(b)) for key, b in model.named_buffers(remove_duplicate=False)
+    ]
+    assert {key for key, *_ in (*inventory.parameters, *inventory.persistent_buffers)} == set(model.state_dict())
+    assert list(map(id, inventory.own_parameters())) == list(map(id, model.parameters()))
+    assert inventory.ids() == {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    assert all(getattr(module, name) is tensor for _, module, name, tensor in (*inventory.parameters, *inventory.buffers))

@@ -500,3 +500,17 @@ def test_merging_through_a_wrapper(builder: Builder) -> None:
 
     assert fingerprint(outer) == before
     assert merge_and_unload(outer) is outer
+
+
+@pytest.mark.parametrize("gone", ["buffer", "stamp"])
+def test_a_reader_amid_an_unmerging_gets_the_effective_weight(gone: str) -> None:
+    """What a thread finds while another takes the merged weight away is the effective weight, whichever part went first."""
+    model = tuned(mlp)
+    expected = model[0].weight.clone()
+    merge(model)
+    if gone == "buffer":
+        del model[0]._buffers["merged_weight"]
+    else:
+        del model[0]._gift_merge_stamp
+
+    assert torch.equal(model[0].weight, expected)

@@ -126,3 +126,10 @@ def test_the_argument_is_named(bad: object) -> None:
 def test_the_layer_index_is_the_first_number_of_a_name(name: str, index: int | None) -> None:
     """Only a whole part of the dotted name counts."""
     assert layer_index_of(name) == index
+
+
+def test_a_regular_expression_may_have_a_thousand_characters() -> None:
+    """One of a thousand characters is read, and one of a thousand and one is refused."""
+    assert matching("re:" + "a?" * 500, ["a" * 500, "b"]) == ["a" * 500]
+    with pytest.raises(PatternError, match="of 1001 characters is refused; 1000 are allowed"):
+        compile_pattern("re:" + "a" * 1001)

@@ -38,6 +38,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "new attribute": lambda m: setattr(m[0], "extra", [1]),
     "other value": lambda m: setattr(m[0], "in_features", 99),
     "no attribute": lambda m: delattr(m[0], "in_features"),
+    "renamed attribute": lambda m: setattr(m[0], "width", m[0].__dict__.popitem()[1]),
     "new parameter": lambda m: m[0].register_parameter("extra", nn.Parameter(torch.ones(1))),
     "other parameter": lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(8, 4))),
     "no parameter": lambda m: m[0].register_parameter("bias", None),
@@ -97,6 +98,20 @@ def test_hooks_that_were_there_stay() -> None:
     model[0].notes.update(a=2, b=3)
     model[0].tags ^= {"y", "z"}
     model[0].steps.reverse()
+    snapshot.restore()
+
+    assert fingerprint(model) == before
+
+
+def test_a_container_emptied_and_another_filled_are_told_apart() -> None:
+    """As many containers hold something as before, and still both changes are undone."""
+    model = mlp()
+    model[0].notes, model[0].steps, model[0].tags = {"a": 1}, [], set()
+    before, snapshot = fingerprint(model), take_snapshot(model)
+
+    model[0].notes.clear()
+    model[0].steps.append(3)
+    model[0].tags.add("x")
     snapshot.restore()
 
     assert fingerprint(model) == before

@@ -20,7 +20,7 @@ def closure(roots: tuple[str, ...] = OURS) -> dict[str, set[str]]:
         if (name, extra) in done:
             continue
         done.add((name, extra))
-        needed = [one for one in _requirements(name) if one.marker is None or one.marker.evaluate({"extra": extra}, context="metadata")]
+        needed = [one for one in _requirements(name) if one.marker is None or one.marker.evaluate({"extra": extra})]
         found.setdefault(name, set()).update(str(canonicalize_name(one.name)) for one in needed)
         waiting += [(str(canonicalize_name(one.name)), wanted) for one in needed for wanted in ("", *one.extras)]
     return found
