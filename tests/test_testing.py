@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from broken_strategies import broken_api, broken_files, broken_numerics, broken_torch, broken_tuning, loud_import
-from broken_strategies.healthy import Healthy
+from broken_strategies.healthy import Healthy, Outspoken
 from torch import nn
 
 from gift_core.capabilities import Capabilities
@@ -30,6 +30,7 @@ from gift_core.testing import (
     parametrize_with_checks,
     reference_models,
 )
+from gift_core.testing.running import candidate_of
 from gift_core.testing.table import mandatory_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,7 @@ BROKEN: dict[str, tuple[type[FineTuningStrategy], str]] = {
     **broken_numerics.BROKEN,
     **broken_torch.BROKEN,
 }
+LIARS = (*broken_tuning.LIARS, *broken_numerics.LIARS)
 # enough for every broken strategy to show its fault, and few enough to be quick
 FEW = [model for model in reference_models() if model.name in ("mlp", "cnn", "embedding", "tied")]
 MLP = [model for model in FEW if model.name == "mlp"]
@@ -54,11 +56,9 @@ def test_every_check_has_its_broken_strategy() -> None:
     assert set(BROKEN) == set(TABLE)
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_strategy_fails_its_check_alone(name: str) -> None:
+@pytest.mark.parametrize(("name", "strategy", "reason"), [*((name, *rest) for name, rest in BROKEN.items()), *LIARS])
+def test_broken_strategy_fails_its_check_alone(name: str, strategy: type[FineTuningStrategy], reason: str) -> None:
     """A strategy that breaks one promise fails that check, for that reason, and no other check."""
-    strategy, reason = BROKEN[name]
-
     wrong = [result for result in check_strategy(strategy, models=FEW) if not result.ok]
 
     assert {result.check for result in wrong} == {name}, "\n".join(map(str, wrong))
@@ -68,9 +68,23 @@ def test_broken_strategy_fails_its_check_alone(name: str) -> None:
 def test_healthy_strategy_passes() -> None:
     """The strategy from which the broken ones differ passes every check on every model that it suits."""
     results = check_strategy(Healthy)
+    passed = {result.check for result in results if result.status is Status.PASSED}
 
     assert [str(result) for result in results if not result.ok] == []
-    assert {result.check for result in results if result.status is Status.PASSED} == set(TABLE) - {"layers_as_declared"}
+    assert passed == set(TABLE) - {"layers_as_declared", "refuses_as_declared"}
+
+
+def test_declared_capabilities_are_held_to() -> None:
+    """A strategy that declares refusals, chance in training and a wider type, and keeps its word, passes on mixed types."""
+    models = [model for model in reference_models() if model.name in ("mlp", "embedding", "shared")]
+    results = check_strategy(Outspoken, models=models)
+    skipped = {result.model for result in results if "it refuses this model" in result.reason}
+    subjects = candidate_of(Outspoken, MLP).subjects
+
+    assert [str(result) for result in results if not result.ok] == []
+    assert {result.check for result in results if result.status is Status.PASSED} == set(TABLE)
+    assert skipped == {"embedding"}
+    assert [(one.dtype, one.added_dtype(one.dtype)) for one in subjects] == [(torch.bfloat16, torch.float32)]
 
 
 @parametrize_with_checks([FullFineTuningStrategy(), "full"], level="api")
@@ -187,6 +201,27 @@ def test_unsuitable_model_is_skipped_with_its_reason() -> None:
     assert all(result.ok for result in results)
 
 
+def test_model_of_an_absent_package_is_skipped() -> None:
+    """A model whose package is not installed is skipped, and the result says what it needs."""
+    far = dataclasses.replace(MLP[0], name="far", package="no_such_package")
+
+    results = check_strategy(Healthy, models=[far, *MLP], level="tuning")
+
+    assert {result.reason for result in results if result.model == "far"} == {"it needs no_such_package, which is not installed"}
+    assert all(result.ok for result in results)
+
+
+def test_complex_models_keep_their_imaginary_parts() -> None:
+    """A model with complex weights is given in the types that have complex numbers, with the same values."""
+    (model,) = [model for model in reference_models() if model.name == "complex"]
+    single, double = (model.fresh(dtype).state_dict() for dtype in (torch.float32, torch.float64))
+
+    assert {tensor.dtype for tensor in double.values()} == {torch.float64, torch.complex128}
+    assert all(torch.equal(double[key], tensor.to(double[key].dtype)) for key, tensor in single.items())
+    with pytest.raises(TypeError, match=r"torch\.bfloat16"):
+        model.fresh(torch.bfloat16)
+
+
 def test_callers_random_state_is_left_alone() -> None:
     """Checking draws nothing from the caller's generator."""
     before = torch.get_rng_state()
@@ -209,8 +244,9 @@ def test_reference_models_are_what_they_say() -> None:
 
 def test_capabilities_refuse_what_they_are_not() -> None:
     """A declaration of the wrong type is refused where it is written."""
-    for wrong in ({"layers": "Linear"}, {"dtypes": ()}, {"mergeable": "yes"}):
-        with pytest.raises(StrategyError, match="Capabilities"):
+    wrongs = [{"layers": "Linear"}, {"refuses": ["Linear"]}, {"dtypes": ()}, {"mergeable": "yes"}, {"random_in_training": 1}]
+    for wrong in (*wrongs, {"adapter_dtype": torch.float32}, {"adapter_dtype": ""}):
+        with pytest.raises(StrategyError, match=f"Capabilities: {next(iter(wrong))}"):
             Capabilities(**wrong)  # type: ignore[arg-type]
 
 

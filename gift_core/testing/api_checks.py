@@ -104,7 +104,8 @@ def declared_capabilities(candidate: Candidate) -> None:
 
     declared = getattr(candidate.strategy, "capabilities", Capabilities())
     demand(isinstance(declared, Capabilities), f"capabilities is {declared!r}, not gift_core.capabilities.Capabilities(...)")
-    unknown = [name for name in declared.dtypes if not isinstance(getattr(torch, name, None), torch.dtype)]
+    named = [*declared.dtypes, *filter(None, [declared.adapter_dtype])]
+    unknown = [name for name in named if not isinstance(getattr(torch, name, None), torch.dtype)]
     demand(not unknown, f"capabilities names dtypes that torch lacks: {', '.join(unknown)}")
 
 

@@ -78,11 +78,11 @@ def adapter_file(subject: Subject) -> None:
 
 
 def _fresh_copies(subject: Subject) -> list[nn.Module]:
-    tuned = subject.model.fresh()
+    tuned = subject.plain()
     torch.manual_seed(6)
     enable_fine_tuning(tuned, subject.strategy)
     # only a registered name leads from the file alone back to the strategy
-    return [tuned, subject.model.fresh()] if subject.candidate.is_registered else [tuned]
+    return [tuned, subject.plain()] if subject.candidate.is_registered else [tuned]
 
 
 def _broken(state: dict[str, Tensor], key: str) -> list[tuple[str, dict[str, Any]]]:

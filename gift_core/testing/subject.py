@@ -69,27 +69,49 @@ class Subject:
         return [dtype for dtype in named if self._plain_works(dtype)]
 
     @functools.cached_property
-    def refusal(self) -> str:
-        """Why the strategy does not take this model; empty if it does."""
-        try:
-            plan_fine_tuning(self.model.fresh(), self.strategy)
-            self.tuned()
-        except NoMatchError:
-            return "it matches nothing in this model"
-        except (SiteError, ModelError) as error:
-            return f"it refuses this model: {error}"
-        except Exception:
-            return ""  # an error, which the checks report
-        return ""
+    def dtype(self) -> torch.dtype:
+        """The type in which checks work that need only one: one in which what is added has another type, if there is such."""
+        other = [dtype for dtype in self.dtypes if self.added_dtype(dtype) != dtype]
+        return other[0] if other else torch.float32
 
-    def tuned(self, dtype: torch.dtype = torch.float32, *, seed: int = 2) -> nn.Module:
+    def added_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type that what the strategy adds to a model of ``dtype`` has, as declared."""
+        declared = self.candidate.capabilities.adapter_dtype
+        return dtype if declared is None else torch.promote_types(getattr(torch, declared), dtype)
+
+    @functools.cached_property
+    def objection(self) -> GiftError | None:
+        """What the strategy has against this model, as planning or enabling raised it."""
+        try:
+            plan_fine_tuning(self.plain(), self.strategy)
+            self.tuned()
+        except (NoMatchError, SiteError, ModelError) as error:
+            return error
+        except Exception:
+            return None  # an error, which the checks report
+        return None
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing can be checked on this model; empty if it can."""
+        if not self.model.is_available:
+            return f"it needs {self.model.package}, which is not installed"
+        if isinstance(self.objection, NoMatchError):
+            return "it matches nothing in this model"
+        return f"it refuses this model: {self.objection}" if self.objection else ""
+
+    def plain(self) -> nn.Module:
+        """A new base model."""
+        return self.model.fresh(self.dtype)
+
+    def tuned(self, dtype: torch.dtype | None = None, *, seed: int = 2) -> nn.Module:
         """A new tuned model in eval mode, initialised under ``seed``."""
-        model = self.model.fresh(dtype)
+        model = self.model.fresh(dtype or self.dtype)
         torch.manual_seed(seed)
         enable_fine_tuning(model, self.strategy)
         return model.eval()
 
-    def moved(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def moved(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A new tuned model whose trained part has moved."""
         model = self.tuned(dtype)
         move(model)
@@ -110,7 +132,7 @@ class Subject:
         try:
             with torch.no_grad():
                 self.model.fresh(dtype)(self.model.example(dtype))
-        except (RuntimeError, NotImplementedError):  # how torch says that a kernel lacks this dtype on this device
+        except (RuntimeError, NotImplementedError, TypeError):  # how torch says that a kernel lacks this dtype on this device
             return False
         return True
 
@@ -120,7 +142,8 @@ def move(model: nn.Module, by: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, parameter in trainable(model):
-            noise = torch.randn(parameter.shape, generator=generator) * by
+            kind = torch.complex64 if parameter.is_complex() else torch.float32
+            noise = torch.randn(parameter.shape, generator=generator, dtype=kind) * by
             parameter.add_(noise.to(parameter.device, parameter.dtype))
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
@@ -171,6 +194,11 @@ class Facts:
         return "; ".join(names[:5])
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two answers in ``dtype`` may differ; none is 0."""
+    return TOLERANCES.get(str(dtype).removeprefix("torch."), 0.0)
+
+
 def distance(left: Tensor, right: Tensor) -> float:
     """The largest difference, relative to the largest number of ``left`` or to 1, if that is larger."""
     scale = max(1.0, left.abs().max().item())
@@ -190,4 +218,4 @@ def _identity(value: Any, alive: list[Any]) -> Any:
 
 def _base_dtype(model: nn.Module) -> torch.dtype:
     # the base's own parameters come first in each module, so that an adapter of another type does not mislead
-    return next((p.dtype for _, p in model.named_parameters() if p.is_floating_point()), torch.float32)
+    return next((p.dtype.to_real() for _, p in model.named_parameters() if p.is_floating_point() or p.is_complex()), torch.float32)

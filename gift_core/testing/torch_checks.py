@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gift_core.testing.results import CheckSkipped, demand
-from gift_core.testing.subject import TOLERANCES, Subject, distance, move, trainable
+from gift_core.testing.subject import Subject, distance, move, tolerance, trainable
 from gift_core.testing.table import check
 
 
@@ -33,7 +33,7 @@ def deep_copies(subject: Subject) -> None:
 def pickles(subject: Subject) -> None:
     """``pickle`` and ``torch.save`` give a model back that answers the same and trains the same parameters."""
     try:
-        pickle.dumps(subject.model.fresh())
+        pickle.dumps(subject.plain())
     except Exception as error:
         raise CheckSkipped(f"the plain model cannot be pickled ({str(error).splitlines()[0]})") from error
     model = subject.moved()
@@ -59,7 +59,7 @@ def compiles(subject: Subject) -> None:
         off = distance(wanted, subject.answer(compiled))  # type: ignore[arg-type]
     finally:
         torch.compiler.reset()
-    demand(off <= TOLERANCES["float32"], f"the compiled model's answer is off by {off:.2g}")
+    demand(off <= tolerance(subject.dtype), f"the compiled model's answer is off by {off:.2g}")
 
 
 @check("torch")
@@ -69,7 +69,7 @@ def exports(subject: Subject) -> None:
     wanted = subject.answer(model)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of recurrent layers and of what it deprecates
-        program = torch.export.export(model, (subject.model.example(),), strict=False)
+        program = torch.export.export(model, (subject.model.example(subject.dtype),), strict=False)
     exported: nn.Module = program.module()
     off = distance(wanted, subject.answer(exported))
-    demand(off <= TOLERANCES["float32"], f"the exported program's answer is off by {off:.2g}")
+    demand(off <= tolerance(subject.dtype), f"the exported program's answer is off by {off:.2g}")

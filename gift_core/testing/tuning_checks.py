@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from gift_core.caps import Cap, Caps, HasCaps
-from gift_core.errors import GiftError
-from gift_core.factories import keep_trainable, parameter_name_contains
+from gift_core.errors import GiftError, SiteError
+from gift_core.factories import keep_trainable, parameter_name_contains, site_name
 from gift_core.iterator import ParameterSite
 from gift_core.plan import TuningPlan, plan_fine_tuning
 from gift_core.strategy import FineTuningStrategy, merge_strategies
@@ -37,7 +39,7 @@ def layers_as_declared(candidate: Candidate) -> None:
     for subject in candidate.subjects:
         if subject.refusal:
             continue
-        model = subject.model.fresh()
+        model = subject.plain()
         present |= {name for module in model.modules() for name in _ancestry(module)}
         for action in plan_fine_tuning(model, subject.strategy).actions:
             site = action.site.current_module
@@ -47,10 +49,26 @@ def layers_as_declared(candidate: Candidate) -> None:
     demand(not missed, f"it declares {', '.join(missed)}, and adapts none of them in any model")
 
 
+@check("tuning", scope="strategy")
+def refuses_as_declared(candidate: Candidate) -> None:
+    """It refuses the layers that its capabilities name, and no others: by name, when planning, and leaving the model as it was."""
+    declared = set(candidate.capabilities.refuses)
+    if not declared and not candidate.capabilities.layers:
+        raise CheckSkipped("its capabilities name neither layers nor refusals")
+    taken, refused = set[str](), set[str]()
+    for subject in candidate.subjects:
+        if isinstance(subject.objection, SiteError):
+            refused |= _refused(subject, declared)
+        elif not subject.refusal:
+            taken |= {name for module in subject.plain().modules() for name in _ancestry(module)}
+    missed = sorted((declared & taken) - refused)
+    demand(not missed, f"it declares that it refuses {', '.join(missed)}, and refuses none of them in any model")
+
+
 @check("tuning")
 def planning_changes_nothing(subject: Subject) -> None:
     """Planning leaves the model and the random generator exactly as they were."""
-    model = subject.model.fresh()
+    model = subject.plain()
     before, random = Facts.of(model), torch.get_rng_state()
     plan_fine_tuning(model, subject.strategy)
     changed = before.differences(Facts.of(model))
@@ -61,7 +79,7 @@ def planning_changes_nothing(subject: Subject) -> None:
 @check("tuning")
 def plan_equals_tuning(subject: Subject) -> None:
     """Enabling does what the plan says: the same matches, and no change outside the sites that it names."""
-    model = subject.model.fresh()
+    model = subject.plain()
     plan = plan_fine_tuning(model, subject.strategy)
     names = [action.site.full_name for action in plan.actions]
     planned = {id(p) for action in plan.actions for p in _parameters_at(action.site)}
@@ -84,7 +102,7 @@ def plan_equals_tuning(subject: Subject) -> None:
 @check("tuning")
 def atomic_on_failure(subject: Subject) -> None:
     """When the last action raises, the model and the random generator are exactly what they were."""
-    model = subject.model.fresh()
+    model = subject.plain()
     last = len(plan_fine_tuning(model, subject.strategy).actions)
     failing = _failing(subject.strategy, _Countdown(last))
     before, random = Facts.of(model), torch.get_rng_state()
@@ -101,7 +119,7 @@ def atomic_on_failure(subject: Subject) -> None:
 @check("tuning", needs="identity_at_start")
 def unchanged_at_start(subject: Subject) -> None:
     """A freshly enabled model gives the base model's answer, bit for bit."""
-    tuned, plain = subject.tuned(), subject.model.fresh()
+    tuned, plain = subject.tuned(), subject.plain()
     flags = {name: parameter.requires_grad for name, parameter in tuned.named_parameters()}
     for name, parameter in plain.named_parameters():
         # torch chooses the kernel of a product by requires_grad, so freezing alone may move the last bit
@@ -149,7 +167,7 @@ def all_trainable_get_gradients(subject: Subject) -> None:
 @check("tuning")
 def disable_restores(subject: Subject) -> None:
     """Disabling gives the original back after use: objects, classes, flags, keys and values, bit for bit."""
-    model = subject.model.fresh()
+    model = subject.plain()
     plan_fine_tuning(model, subject.strategy)  # what planning changes is another check's business
     before = Facts.of(model)
     enable_fine_tuning(model, subject.strategy)
@@ -163,7 +181,7 @@ def disable_restores(subject: Subject) -> None:
 @check("tuning")
 def shared_stays_shared(subject: Subject) -> None:
     """A module or a parameter that the model holds under several names is still one object under all of them."""
-    model = subject.model.fresh()
+    model = subject.plain()
     before = _names_by_object(model)
     if not any(len(names) > 1 for names in before):
         raise CheckSkipped("this model shares nothing")
@@ -177,7 +195,7 @@ def shared_stays_shared(subject: Subject) -> None:
 def merges_with_another(subject: Subject) -> None:
     """Merged with a strategy that trains biases, both do their work: each site is who planned it, trains, and is undone."""
     biases = FineTuningStrategy(para_caps=[(parameter_name_contains("bias", optional=True), keep_trainable())])
-    both, model = merge_strategies([subject.strategy, biases]), subject.model.fresh()
+    both, model = merge_strategies([subject.strategy, biases]), subject.plain()
     alone, together = plan_fine_tuning(model, subject.strategy), plan_fine_tuning(model, both)
     before = Facts.of(model)
     lost = set(_sites(alone)) - set(_sites(together))
@@ -231,6 +249,41 @@ def _failing(strategy: HasCaps, countdown: _Countdown) -> FineTuningStrategy:
         ]
 
     return FineTuningStrategy(wrapped(strategy.module_caps), wrapped(strategy.para_caps), strategy.constraint_type)
+
+
+def _refused(subject: Subject, declared: set[str]) -> set[str]:
+    """What of the ``declared`` is refused in a model, if the refusal is the strategy's own, and is as it should be."""
+    model = subject.plain()
+    before, random = Facts.of(model), torch.get_rng_state()
+    try:
+        plan_fine_tuning(model, subject.strategy)
+    except SiteError as error:
+        refusal = error
+    else:
+        raise CheckFailed(f"enabling {subject.model.name} is refused, planning is not: raise SiteError in `examine`")
+    changed = before.differences(Facts.of(model))
+    demand(not changed and torch.equal(random, torch.get_rng_state()), f"refusing {subject.model.name} changed {changed or 'the seed'}")
+    if _raised_by_core(refusal):
+        return set()
+    kinds = [kinds for name, kinds in _named_kinds(model) if f"at {name}: " in str(refusal)]
+    demand(bool(kinds), f"the refusal of {subject.model.name} does not say which layer is meant: {refusal}")
+    demand(bool(kinds[0] & declared), f"in {subject.model.name} it refuses, undeclared, {refusal}")
+    return kinds[0] & declared
+
+
+def _raised_by_core(error: BaseException) -> bool:
+    frames = traceback.walk_tb((error.__cause__ or error).__traceback__)
+    return str([frame.f_globals["__name__"] for frame, _ in frames][-1]).startswith("gift_core.")
+
+
+def _named_kinds(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
+    """Every site as messages name it, and the names under which its refusal may be declared."""
+    for name, module in model.named_modules():
+        own = not type(module).__module__.startswith("torch.nn.")
+        yield site_name(None, "", name, type(module).__name__, module), _ancestry(module)
+        for key, parameter in module._parameters.items():
+            kinds = _ancestry(module) | ({"Parameter"} if own else set())
+            yield site_name(None, "", name, type(module).__name__, module, key, parameter), kinds
 
 
 def _sites(plan: TuningPlan) -> list[str]:

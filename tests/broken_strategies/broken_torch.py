@@ -73,7 +73,7 @@ class RefusesExport(Healthy):
         """A shift that refuses."""
 
         def reparameterize(self, weight: Tensor) -> Tensor:
-            if torch.compiler.is_exporting():
+            if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # is_exporting came with torch 2.7
                 raise RuntimeError("this weight cannot be exported")
             return weight + self.delta
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from broken_strategies.healthy import Healthy, Shift
 from gift_core import FineTuningStrategy, adopt
 from gift_core.capabilities import Capabilities
-from gift_core.factories import class_is, keep_trainable, reparameterize
+from gift_core.errors import SiteError
+from gift_core.factories import class_is, is_instance, keep_trainable, reparameterize
 from gift_core.reparameterization import is_adopted
 
 
@@ -28,6 +29,58 @@ class DeclaresTooMuch(Healthy):
     """Claims convolutions, and adapts none."""
 
     capabilities = Capabilities(layers=("Linear", "Conv2d"))
+
+
+class ClaimsToRefuse(Healthy):
+    """Claims to refuse Linear layers, and adapts them all."""
+
+    capabilities = Capabilities(layers=("Linear",), refuses=("Linear",))
+
+
+class Picky(Healthy):
+    """Refuses narrow layers, and does not say so."""
+
+    capabilities = Capabilities(layers=("Linear",))
+
+    class Method(Shift):
+        """A shift of more than four outputs."""
+
+        @classmethod
+        def examine(cls, module: nn.Module, name: str, weight: Tensor, **params: Any) -> None:
+            if len(weight) < 5:
+                raise SiteError(f"it has {len(weight)} outputs, and 5 are needed: exclude it.")
+
+    method = Method
+
+    def __init__(self) -> None:
+        FineTuningStrategy.__init__(self, module_caps=[(is_instance(nn.Linear), reparameterize(self.method))])
+
+
+class RefusesLate(Healthy):
+    """Refuses narrow layers, as it says, when half of the model is adapted."""
+
+    capabilities = Capabilities(layers=("Linear",), refuses=("Linear",))
+
+    @classmethod
+    def more(cls, *site: Any) -> None:
+        if len(site[4].bias if site[4].bias is not None else "a wide one") < 5:
+            raise SiteError("it has too few outputs: exclude it.")
+
+
+class RefusesSomething(Healthy):
+    """Refuses narrow layers, as it says, without a word on which."""
+
+    capabilities = Capabilities(layers=("Linear",), refuses=("Linear",))
+
+    def __init__(self) -> None:
+        FineTuningStrategy.__init__(self, module_caps=[(no_narrow_linear, reparameterize(Shift))])
+
+
+def no_narrow_linear(*site: Any) -> bool:
+    """Whether this is a Linear layer; an error that names nothing if it is a narrow one."""
+    if isinstance(site[4], nn.Linear) and site[4].out_features < 5:
+        raise SiteError("a layer has too few outputs.")
+    return isinstance(site[4], nn.Linear)
 
 
 def marks(*site: Any) -> bool:
@@ -165,6 +218,7 @@ class FreezesNeighbours(Healthy):
 BROKEN: dict[str, tuple[type[FineTuningStrategy], str]] = {
     "matches_a_model": (MatchesNothing, "nothing was checked"),
     "layers_as_declared": (DeclaresTooMuch, "it declares Conv2d, and adapts none"),
+    "refuses_as_declared": (ClaimsToRefuse, "it declares that it refuses Linear, and refuses none"),
     "planning_changes_nothing": (MarksWhilePlanning, "planning changed the root: visited"),
     "plan_equals_tuning": (AdaptsNeighbours, "which the plan"),
     "atomic_on_failure": (CountsInNeighbours, "num_batches_tracked"),
@@ -176,3 +230,9 @@ BROKEN: dict[str, tuple[type[FineTuningStrategy], str]] = {
     "shared_stays_shared": (Unties, "no longer shared"),
     "merges_with_another": (FreezesNeighbours, "bias"),
 }
+#: Further ones, by the name of the check that they fail: they refuse layers in a wrong way.
+LIARS: tuple[tuple[str, type[FineTuningStrategy], str], ...] = (
+    ("refuses_as_declared", Picky, "in cnn it refuses, undeclared, at 'head' (Linear): it has 4 outputs"),
+    ("refuses_as_declared", RefusesLate, "planning is not: raise SiteError in `examine`"),
+    ("refuses_as_declared", RefusesSomething, "does not say which layer is meant"),
+)

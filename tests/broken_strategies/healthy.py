@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gift_core import FineTuningStrategy, Reparameterization
+from gift_core.capabilities import Capabilities
+from gift_core.errors import SiteError
 from gift_core.factories import is_instance, reparameterize
 
 
@@ -41,3 +43,33 @@ class Healthy(FineTuningStrategy):
     @classmethod
     def more(cls, *site: Any) -> None:
         """Nothing more."""
+
+
+class ShiftInSingle(Shift):
+    """A shift that is kept in float32 or wider, and is weakened by chance in training."""
+
+    def init_parameters(self, weight: Tensor) -> None:
+        self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.promote_types(torch.float32, weight.dtype)))
+
+    def reparameterize(self, weight: Tensor) -> Tensor:
+        kept = torch.rand((), dtype=self.delta.dtype.to_real(), device=weight.device) if self.training else 1
+        return weight + self.delta * kept
+
+
+class Outspoken(Healthy):
+    """Declares whatever one can declare beside the defaults, and keeps it."""
+
+    method = ShiftInSingle
+    capabilities = Capabilities(layers=("Linear",), refuses=("Embedding",), random_in_training=True, adapter_dtype="float32")
+
+    def __init__(self) -> None:
+        refuse = (is_instance(nn.Embedding), reparameterize(Refusing))
+        FineTuningStrategy.__init__(self, module_caps=[(is_instance(nn.Linear), self.act), refuse])
+
+
+class Refusing(Reparameterization):
+    """Takes no layer at all."""
+
+    @classmethod
+    def examine(cls, module: nn.Module, name: str, weight: Tensor, **params: Any) -> str | None:
+        raise SiteError("it is none that I know: exclude it.")

@@ -69,6 +69,46 @@ def bilinears(draw: st.DrawFn) -> Made:
     return Twice(nn.Bilinear(columns, columns, draw(st.integers(1, 5)))), torch.randn(draw(st.integers(1, 4)), columns)
 
 
+@st.composite
+def embeddings(draw: st.DrawFn) -> Made:
+    """A table of vectors, or of bags of them, and tokens; some bags may be of padding alone."""
+    rows, columns = draw(st.integers(2, 9)), draw(st.integers(1, 6))
+    options: dict[str, Any] = {"padding_idx": draw(st.sampled_from([None, 0]))}
+    if draw(st.booleans()):
+        layer: nn.Module = nn.Embedding(rows, columns, scale_grad_by_freq=draw(st.booleans()), **options)
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    else:
+        layer = nn.EmbeddingBag(rows, columns, mode=draw(st.sampled_from(["sum", "mean", "max"])), **options)
+        shape = [draw(st.integers(1, 4)), draw(st.integers(1, 4))]
+    return layer, torch.randint(rows, shape)
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> Made:
+    """Attention of a sequence to itself, or to narrower keys and values, with and without a mask and weights."""
+    width = 2 * draw(st.integers(1, 3))
+    sides = [draw(st.integers(1, width)) for _ in range(2)] if draw(st.booleans()) else [width, width]
+    keywords = ("bias", "add_bias_kv", "add_zero_attn", "batch_first")
+    options: dict[str, Any] = {key: draw(st.booleans()) for key in keywords}
+    layer = nn.MultiheadAttention(width, draw(st.sampled_from([1, 2])), kdim=sides[0], vdim=sides[1], **options)
+    shape = [draw(st.integers(1, 4)) for _ in range(draw(st.integers(1, 2)))]
+    return Attends(layer, masked=draw(st.booleans()), need_weights=draw(st.booleans())), torch.randn(*shape, width)
+
+
+@st.composite
+def recurrents(draw: st.DrawFn) -> Made:
+    """A recurrent layer of some depth and direction, or a cell."""
+    columns, hidden, bias = draw(st.integers(1, 5)), draw(st.integers(2, 5)), draw(st.booleans())
+    kind = draw(st.sampled_from([nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell]))
+    if issubclass(kind, nn.RNNCellBase):
+        return First(kind(columns, hidden, bias=bias)), torch.randn(draw(st.integers(1, 3)), columns)
+    options: dict[str, Any] = {key: draw(st.booleans()) for key in ("bidirectional", "batch_first")}
+    if kind is nn.LSTM:
+        options["proj_size"] = draw(st.sampled_from([0, 1]))
+    layer = kind(columns, hidden, num_layers=draw(st.integers(1, 2)), bias=bias, **options)
+    return First(layer), torch.randn(draw(st.integers(1, 4)), draw(st.integers(1, 3)), columns)
+
+
 class Twice(nn.Module):
     """Gives its input twice."""
 
@@ -80,6 +120,34 @@ class Twice(nn.Module):
         return self.inner(inputs, inputs)
 
 
+class First(nn.Module):
+    """Takes the first of several outputs."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.inner(inputs)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+class Attends(nn.Module):
+    """Lets a sequence attend to itself, or to what is left of it in the narrower sides."""
+
+    def __init__(self, inner: nn.MultiheadAttention, masked: bool, need_weights: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.masked = masked
+        self.need_weights = need_weights
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        key, value = inputs[..., : self.inner.kdim].tanh(), inputs[..., : self.inner.vdim].sin()
+        length = inputs.shape[1 if self.inner.batch_first and inputs.dim() == 3 else 0]
+        mask = torch.ones(length, length, dtype=torch.bool).triu(1) if self.masked else None
+        return self.inner(inputs, key, value, attn_mask=mask, need_weights=self.need_weights)[0]
+
+
 VARIANTS = st.fixed_dictionaries(
     {
         "use_rslora": st.booleans(),
@@ -87,12 +155,22 @@ VARIANTS = st.fixed_dictionaries(
         "conv_layout": st.sampled_from(["balanced", "out_as_h"]),
         "init": st.sampled_from(["kaiming", "orthogonal"]),
         "train_bias": st.booleans(),
+        "attention": st.sampled_from([("q", "k", "v", "out"), ("q", "v"), ("k", "out"), ("out",)]),
     }
 )
+KINDS = {
+    "linear": linears(),
+    "convolution": convolutions(),
+    "bilinear": bilinears(),
+    "embedding": embeddings(),
+    "attention": attentions(),
+    "recurrent": recurrents(),
+}
 
 
 @pytest.mark.filterwarnings("ignore::gift_core.errors.GiftWarning")
-@pytest.mark.parametrize("layers", [linears(), convolutions(), bilinears()], ids=["linear", "convolution", "bilinear"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("layers", KINDS.values(), ids=KINDS)
 def test_one_answer_in_every_state(layers: st.SearchStrategy[Made], record_faults: RecordFaults) -> None:
     """A trained layer gives one answer in training, in evaluation, merged, unmerged and unloaded; disabled, the base's bits."""
     counts = {"cases": 0, "silent": 0}
@@ -101,11 +179,13 @@ def test_one_answer_in_every_state(layers: st.SearchStrategy[Made], record_fault
     @given(seed=st.integers(0, 9), made=layers, dtype=st.sampled_from(list(TOLERANCES)), variant=VARIANTS, frozen_input=st.booleans())
     def attempt(seed: int, made: Made, dtype: torch.dtype, variant: dict[str, Any], frozen_input: bool) -> None:
         torch.manual_seed(seed)
-        layer, inputs = made[0].to(dtype), made[1].to(dtype).requires_grad_(not frozen_input)
+        layer, inputs = made[0].to(dtype), made[1]
+        if inputs.is_floating_point():
+            inputs = inputs.to(dtype).requires_grad_(not frozen_input)
         before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
         counts["cases"] += 1
 
-        enable_fine_tuning(layer, LoRAAllFineTuningStrategy(rank=1, **variant))
+        enable_fine_tuning(layer, LoRAAllFineTuningStrategy(rank=1, targets="*", **variant))
         _draw(layer)
         answers = _answers(layer, inputs)
 
@@ -133,6 +213,8 @@ def _answers(layer: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     answers = {"train": layer(inputs).detach()}
     layer.eval()
     answers["eval"] = layer(inputs).detach()
+    with torch.no_grad():
+        answers["without gradients"] = layer(inputs)
     merge(layer)
     answers["merged"] = layer(inputs).detach()
     unmerge(layer)

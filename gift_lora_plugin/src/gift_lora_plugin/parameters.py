@@ -131,6 +131,11 @@ def per_site(action: Callable[..., None], **rules: PatternRules | None) -> Calla
     return PerSite(action, tuple(given.items())) if given else action
 
 
+def literal_pattern(name: str) -> str:
+    """A pattern that matches this very name: nothing in it is a wildcard or the kind of a pattern."""
+    return "".join(f"[{character}]" if character in "*?[:" else character for character in name)
+
+
 def mentions(patterns: Iterable[str]) -> Check:
     """A check that is true everywhere, and whose patterns must each match a site that is adapted, so that a typo is an error."""
     return reduce(Check.__or__, [lies_in(pattern) for pattern in dict.fromkeys(patterns)], everything())
