@@ -1,8 +1,7 @@
-"""Several LoRA adapters on one model: combined, saved, and one batch with a different adapter for each sample."""
+"""Several LoRA adapters on one model, combined and saved; `test_per_sample` has batches of several."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gift_core import FullFineTuningStrategy, merge_strategies
-from gift_core.errors import AdapterNameError, ParameterError, SiteError, StateError
-from gift_lora_plugin import LoRAAdapterSet, LoRAAllFineTuningStrategy
+from gift_core.errors import AdapterNameError, ParameterError, StateError
+from gift_lora_plugin import LoRAAdapterSet, LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy
 
 
 def linear() -> tuple[nn.Module, Tensor]:
@@ -44,6 +43,11 @@ def transposed() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(layers.Conv1D(8, 9), nn.Tanh(), layers.Conv1D(5, 8)), torch.randn(4, 3, 9)
 
 
+def statistics() -> tuple[nn.Module, Tensor]:
+    """Linear layers, and a normalisation whose statistics training moves."""
+    return nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7), nn.BatchNorm1d(3)), torch.randn(4, 3, 9)
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "linear": linear,
     "conv1d": lambda: convolutions(1),
@@ -51,6 +55,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "conv3d": lambda: convolutions(3),
     "embedding": tokens,
     "transposed": transposed,
+    "statistics": statistics,
 }
 
 
@@ -151,9 +156,77 @@ def test_initialisations_from_the_weight_are_folded_in(init: str) -> None:
         torch.testing.assert_close(mix[key], weight + 0.5 * (a[key] - weight) + 2.0 * (b[key] - weight))
 
 
+def tuned(adapters: LoRAAdapterSet, name: str | None) -> dict[str, Tensor]:
+    """What `weights_of` gives, and the other parameters of the model under an adapter."""
+    values = weights_of(adapters, name)
+    with adapters.using(name) as model:
+        base = [key for key, _ in model.named_parameters() if "lora" not in key]
+        own = {key: model.get_parameter(key).detach().clone() for key in base if key.removesuffix(".weight") not in values}
+    return {**values, **own}
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "svd", "ties", "dare"])
+def test_what_is_trained_of_the_base_is_combined_by_its_differences(method: str, tmp_path: Path) -> None:
+    """Biases and a head are the base's plus the weighted differences, beside factors of two strategies; and the file holds them."""
+    torch.manual_seed(0)
+    adapters = LoRAAdapterSet(nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 9), nn.Linear(9, 3)).double())
+    ranks = (2, 2) if method in ("linear", "ties", "dare") else (1, 3)
+    for name, rank in zip(("a", "b"), ranks, strict=True):
+        parts = [LoRAAllFineTuningStrategy(rank, targets="0", train_bias=True), LoRALinearFineTuningStrategy(2 * rank, exclude="2")]
+        adapters.add(name, merge_strategies([FullFineTuningStrategy(targets="2"), merge_strategies(parts)]))
+        scramble(adapters, name)
+        adapters.use(name).requires_grad_(False)  # frozen for a while, which takes nothing from it
+    adapters.use(None)
+    adapters.combine({"a": 0.7, "b": -0.3}, "mix", method, density=1)
+    base, a, b, mix = (tuned(adapters, name) for name in (None, "a", "b", "mix"))
+    kept = ["0.bias", "2", "2.bias"]
+
+    assert mix.keys() == base.keys() and all(not torch.equal(mix[key], base[key]) for key in kept)
+    for key in base if method in ("cat", "svd") else kept:
+        if key in kept and method == "ties":
+            continue  # its formula is tested with the functions
+        if key in kept or method == "cat":
+            torch.testing.assert_close(mix[key], base[key] + 0.7 * (a[key] - base[key]) - 0.3 * (b[key] - base[key]))
+
+    adapters.save("mix", tmp_path / "mix.safetensors")
+    adapters.add("again", tmp_path / "mix.safetensors")
+
+    assert all(torch.equal(value, mix[key]) for key, value in tuned(adapters, "again").items())
+
+
+def test_weights_of_one_layer_have_ranks_of_their_own() -> None:
+    """Two weights of one recurrent layer, and a layer with wildcards in its name, keep ranks that differ."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"r[0]": nn.GRU(9, 8), "r*": nn.Linear(4, 4)})
+    adapters = LoRAAdapterSet(model.double())
+    for name, rank in (("a", 2), ("b", 1)):
+        adapters.add(name, LoRAAllFineTuningStrategy(rank, rank_pattern={"*weight_ih_l0": 3}))
+        scramble(adapters, name)
+    adapters.combine({"a": 1.0, "b": 1.0}, "mix", "cat")
+    base, a, b, mix = (gru_weights(adapters, name) for name in (None, "a", "b", "mix"))
+
+    for key, weight in base.items():
+        torch.testing.assert_close(mix[key], a[key] + b[key] - weight)
+
+
+def gru_weights(adapters: LoRAAdapterSet, name: str | None) -> dict[str, Tensor]:
+    """The effective matrices of the model under an adapter."""
+    with adapters.using(name) as model:
+        gru, linear = model["r[0]"], model["r*"]  # type: ignore[index]
+        return {
+            "ih": gru.weight_ih_l0.detach().clone(),
+            "hh": gru.weight_hh_l0.detach().clone(),
+            "linear": linear.weight.detach().clone(),
+        }
+
+
 def test_what_cannot_be_combined_is_refused_by_name() -> None:
-    """Adapters that are more than factors, or of other layers, are refused with the reason, and the set stays as it is."""
-    adapters, _ = build()
+    """Adapters of other layers, with DoRA or statistics, are refused with the reason, and the set stays as it is."""
+    adapters, x = build("statistics")
+    adapters.add("moved", LoRAAllFineTuningStrategy(rank=2))
+    adapters.use("moved").train()(x)
+    adapters.use(None).eval()
+    adapters.add("full", FullFineTuningStrategy(targets="2"))
     adapters.add("bias", LoRAAllFineTuningStrategy(rank=2, train_bias=True))
     adapters.add("dora", LoRAAllFineTuningStrategy(rank=2, use_dora=True))
     adapters.add("head", merge_strategies([FullFineTuningStrategy(targets="2"), LoRAAllFineTuningStrategy(rank=2, exclude="2")]))
@@ -161,10 +234,12 @@ def test_what_cannot_be_combined_is_refused_by_name() -> None:
     adapters.add("wide", LoRAAllFineTuningStrategy(rank=4))
     before = adapters.names
     cases: list[tuple[dict[str, float], dict[str, Any], type[Exception], str]] = [
-        ({"a": 1.0, "bias": 1.0}, {}, StateError, "'bias' has 0.bias, 2.bias of its own"),
+        ({"a": 1.0, "bias": 1.0}, {}, StateError, "'a' and 'bias' have train_bias False and True"),
         ({"dora": 1.0}, {}, StateError, "'dora' uses DoRA at '0'"),
-        ({"a": 1.0, "head": 1.0}, {}, StateError, "'head' is of"),
-        ({"a": 1.0, "one": 1.0}, {"method": "cat"}, StateError, "targets is None in 'a'"),
+        ({"a": 1.0, "head": 1.0}, {}, StateError, "'a' and 'head' are of 1 and 2 strategies"),
+        ({"full": 1.0}, {}, StateError, "'full' adapts no weight by low-rank factors"),
+        ({"moved": 1.0}, {}, StateError, "'moved' has moved 3.running_mean, 3.running_var"),
+        ({"a": 1.0, "one": 1.0}, {"method": "cat"}, StateError, "'a' and 'one' have targets None and '0'"),
         ({"a": 1.0, "wide": 1.0}, {"method": "ties"}, ParameterError, r"at '0' they are \[2, 4\]"),
         ({"a": 1.0, "zzz": 1.0}, {}, AdapterNameError, "zzz"),
         ({"a": float("nan")}, {}, ParameterError, "finite"),
@@ -180,117 +255,3 @@ def test_what_cannot_be_combined_is_refused_by_name() -> None:
         adapters.combine({"a": 1.0}, "b")
 
     assert (adapters.names, adapters.active) == (before, None)
-
-
-# --- a different adapter for each sample
-
-NAMES = ["b", None, "a", "b"]
-
-
-def one_by_one(adapters: LoRAAdapterSet, x: Tensor, names: list[str | None]) -> Tensor:
-    """Each sample alone under its own adapter."""
-    results = []
-    for at, name in enumerate(names):
-        with adapters.using(name) as model:
-            results.append(model(x[at : at + 1]))
-    return torch.cat(results)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("layout", ["balanced", "out_as_h"])
-def test_each_sample_has_its_own_adapter(kind: str, layout: str) -> None:
-    """A mixed batch gives what its samples give one by one, and so do the gradients; the base gets none."""
-    adapters, x = build(kind, rank_b=1, conv_layout=layout)
-    base = list(adapters.model.parameters())
-    ours = [*adapters.parameters("a"), *adapters.parameters("b")]
-    expected = one_by_one(adapters, x, NAMES)
-    slope = torch.randn_like(expected)
-    gradients = torch.autograd.grad(expected, ours, slope)
-    with adapters.per_sample(NAMES) as model:
-        output = model(x)
-    torch.testing.assert_close(output, expected)
-    output.backward(slope)
-
-    for parameter, gradient in zip(ours, gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in base)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
-def test_each_sample_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
-    """In float32 and bfloat16 the two ways agree to a few roundings of numbers of about one."""
-    adapters, x = build(dtype=dtype)
-    with torch.no_grad():
-        expected = one_by_one(adapters, x, NAMES)
-        with adapters.per_sample(NAMES) as model:
-            torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_samples_without_an_adapter_are_the_base_s() -> None:
-    """None is the base model to the bit, and the set is afterwards as before, also after an error."""
-    adapters, x = build()
-    base = adapters.model(x)
-    adapters.use("a")
-    with contextlib.suppress(RuntimeError), adapters.per_sample(["a", None, "b", None]) as model:
-        output = model(x)
-        raise RuntimeError
-
-    assert torch.equal(output[[1, 3]], base[[1, 3]])
-    assert adapters.active == "a"
-    assert not any(module._forward_hooks for module in adapters.model.modules())
-
-
-class Reads(nn.Module):
-    """Reads the weight of a layer that it does not call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(9, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.layer.weight)
-
-
-class TimeFirst(nn.Module):
-    """Gives its layer the second axis first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(9, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.transpose(0, 1)).transpose(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("model", "error", "says"),
-    [
-        (lambda: nn.Sequential(nn.Linear(9, 9), nn.BatchNorm1d(3)), SiteError, r"'1' \(BatchNorm1d\) mixes"),
-        (lambda: nn.TransformerEncoderLayer(9, 3, 9), SiteError, "'self_attn"),
-        (lambda: nn.Sequential(nn.LSTM(9, 9)), SiteError, "'0'"),
-        (Reads, StateError, "'?layer'? took no part"),
-        (TimeFirst, StateError, r"'layer' is called with an input of \(3, 4, 9\)"),
-    ],
-)
-def test_what_cannot_differ_by_sample_is_refused(model: Callable[[], nn.Module], error: type[Exception], says: str) -> None:
-    """A layer that mixes samples, reads a weight itself or has its batch elsewhere is refused by name, never wrong."""
-    torch.manual_seed(0)
-    adapters = LoRAAdapterSet(model())
-    adapters.add("a", LoRAAllFineTuningStrategy(rank=2))
-    scramble(adapters, "a")
-
-    with pytest.raises(error, match=says), adapters.per_sample(["a", None, "a", "a"]) as mixed:
-        mixed(torch.randn(4, 3, 9))
-    assert adapters.active is None
-
-
-def test_what_is_more_than_factors_is_refused() -> None:
-    """An adapter with biases or statistics of its own, DoRA, an unknown name, and a batch of another size are errors by name."""
-    adapters, x = build()
-    adapters.add("bias", LoRAAllFineTuningStrategy(rank=2, train_bias=True))
-    adapters.add("dora", LoRAAllFineTuningStrategy(rank=2, use_dora=True))
-    for name, error, says in (("bias", StateError, "'bias' has 0.bias"), ("dora", SiteError, "DoRA"), ("zzz", AdapterNameError, "zzz")):
-        with pytest.raises(error, match=says), adapters.per_sample([name]):
-            pass
-    with pytest.raises(StateError, match="names 3 samples"), adapters.per_sample(["a", "b", "a"]) as model:
-        model(x)

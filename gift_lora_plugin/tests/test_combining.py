@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gift_lora_plugin.combining import Update, combine_cat, combine_dare, combine_linear, combine_svd, combine_ties
+from gift_lora_plugin.combining import (
+    METHODS,
+    Update,
+    combine_cat,
+    combine_dare,
+    combine_linear,
+    combine_parameters,
+    combine_svd,
+    combine_ties,
+)
 
 #: One rounding of a sum of a few products, relative to numbers of about one.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -110,6 +119,35 @@ def test_dare_drops_and_rescales() -> None:
     assert {float(value) for value in lora_B.unique()} == {0.0, 4.0}
     assert float(lora_B.mean()) == pytest.approx(1, abs=0.05) and float(lora_A.mean()) == pytest.approx(1, abs=0.05)
     assert torch.equal(lora_B, again[0]) and torch.equal(lora_A, again[1])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_adapter_s_parameter_is_itself(method: str, dtype: torch.dtype) -> None:
+    """With one adapter of weight 1 and nothing dropped, a parameter is that adapter's, to the bit."""
+    base, tuned = torch.randn(40).to(dtype), torch.randn(40).to(dtype)
+
+    assert torch.equal(combine_parameters(base, [tuned], [1.0], method, density=1), tuned)
+
+
+def test_parameters_by_their_formulas() -> None:
+    """Differences from the base are summed; ``ties`` takes the mean of those of the elected sign, ``dare`` what was not dropped."""
+    base, weights = torch.tensor([1.0, 2.0, -1.0]), [0.5, 2.0, 1.0]
+    tuned = [base + torch.tensor(moved) for moved in ([1.0, -2.0, 0.0], [3.0, 1.0, 0.5], [-1.0, -4.0, 0.25])]
+
+    torch.testing.assert_close(
+        combine_parameters(base, tuned, weights, "cat", density=1), base + torch.tensor([0.5 + 6 - 1, -1 + 2 - 4, 1 + 0.25])
+    )
+    # signs: +, -, +; the first and second, the first and third, the second and third agree
+    elected = torch.tensor([(0.5 * 1 + 2 * 3) / 2, (0.5 * -2 + 1 * -4) / 2, (2 * 0.5 + 1 * 0.25) / 2])
+    torch.testing.assert_close(combine_parameters(base, tuned, weights, "ties", density=1), base + elected)
+    # a third of three is kept: the largest of each
+    largest = torch.tensor([2.0 * 3, (0.5 * -2 + 1 * -4) / 2, 0.0])
+    torch.testing.assert_close(combine_parameters(base, tuned, weights, "ties", density=0.34), base + largest)
+    many, moved = torch.zeros(10_000), torch.ones(10_000)
+    kept = combine_parameters(many, [moved], [1.0], "dare", density=0.25, generator=torch.Generator().manual_seed(0))
+
+    assert set(kept.tolist()) == {0.0, 4.0} and float(kept.mean()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("method", ["linear", "cat", "svd", "ties"])

@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,6 +175,72 @@ def test_we_compute_what_peft_saved(layer: str, variant: str, tmp_path: Path) ->
 
     assert sum(parameter.numel() for parameter in base.parameters()) == trained
     assert_same_model(base, theirs, x)
+
+
+#: Starts that PEFT makes anew from the base weight when it loads; in half precision it rounds what it leaves of the base.
+STARTS: dict[str, dict[str, Any]] = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa, dora, rslora": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "start"),
+    [*(("linear", start) for start in STARTS), ("transformers Conv1D", "pissa")],  # of which PEFT has no OLoRA
+)
+def test_starts_from_the_weight_that_peft_did_not_convert(
+    layer: str, start: str, dtype: torch.dtype, tolerance: float, tmp_path: Path
+) -> None:
+    """An adapter saved as it trained counts from what the base at hand gives, as where PEFT loads it; the base stays as it is."""
+    build, x = LAYERS[layer]
+    base = nn.Sequential(build()).to(dtype)
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], fan_in_fan_out=layer != "linear", **STARTS[start])
+    theirs = stir(peft.get_peft_model(copy.deepcopy(base), config)).eval()
+    theirs.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    again, x = with_peft(base, tmp_path).eval(), x.to(dtype)
+    before = base[0].weight.clone()  # type: ignore[union-attr, operator]
+
+    load_peft(base, tmp_path)
+
+    torch.testing.assert_close(base.eval()(x), again(x), rtol=tolerance, atol=tolerance)
+    assert torch.equal(base[0]._parameters["weight"], before)  # type: ignore[arg-type]
+    save_adapter(base, tmp_path / "ours.safetensors")
+    answer = base(x)
+    disable_fine_tuning(base)
+    load_adapter(base, tmp_path / "ours.safetensors")
+
+    assert torch.equal(base(x), answer)
+
+
+class TiedHead(nn.Module):
+    """An output layer that has the weight of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(8, 6)
+        self.fc = nn.Linear(6, 8, bias=False)
+        self.fc.weight = self.tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "says"),
+    [
+        (TiedHead, "pissa", "fc: its weight is another layer's too, which PEFT's start 'pissa' would change"),
+        (lambda: nn.ModuleDict({"fc": conv1d_of_transformers()}), "olora", "fc: PEFT has no start 'olora' for a Conv1D"),
+        (lambda: nn.ModuleDict({"fc": nn.Conv2d(6, 8, 1)}), "pissa", "fc: PEFT has no start 'pissa' for a Conv2d"),
+    ],
+)
+def test_starts_that_peft_does_not_make_are_refused(model: Callable[[], nn.Module], start: str, says: str, tmp_path: Path) -> None:
+    """A start at a layer where PEFT makes none, or where it would change another layer too, is refused by name."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": start}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {"fc.lora_A.weight": torch.zeros(2, 6), "fc.lora_B.weight": torch.zeros(8, 2)}
+    save_file({f"base_model.model.{key}": value for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
+
+    with pytest.raises(AdapterMismatchError, match=re.escape(says)):
+        load_peft(model(), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

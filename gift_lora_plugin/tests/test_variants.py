@@ -22,7 +22,7 @@ from gift_core import adopt, disable_fine_tuning, enable_fine_tuning, load_adapt
 from gift_core.errors import GiftError, SiteError
 from gift_core.reparameterization import effective_weight, set_merged
 from gift_lora_plugin import LoRA, LoRAAllFineTuningStrategy
-from gift_lora_plugin.lora import scaling_of
+from gift_lora_plugin.settings import scaling_of
 
 RANK, ALPHA = 2, 3.0
 #: The largest difference from the equation in double precision, relative to the largest number compared.
@@ -533,21 +533,24 @@ def test_complex_weights_follow_the_equation(kind: str, variant: str) -> None:
 DROPS = ["linear", "linear without bias", "conv1d", "conv2d", "conv3d", "conv1d of transformers"]
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", DROPS)
-def test_dropout_is_on_the_updates_input(kind: str, variant: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.float64) for kind in DROPS), ("linear", torch.complex128), ("conv2d", torch.complex128)]
+)
+def test_dropout_is_on_the_updates_input(kind: str, dtype: torch.dtype, variant: str) -> None:
     """Training with dropout gives the frozen answer plus the whole update's answer to the dropped input, of DoRA as of the others."""
-    layer, (x,) = adapted(kind, variant, dropout=0.4), inputs_of(kind)
+    layer, (x,) = adapted(kind, variant, dtype, dropout=0.4), inputs_of(kind, dtype)
     move(layer)
     with torch.no_grad():
         torch.manual_seed(7)
         actual = answer(layer, (x,))
         torch.manual_seed(7)
-        kept = F.dropout(x, 0.4)
+        kept = x * F.dropout(torch.ones(x.shape, dtype=torch.float64), 0.4)
     weight = frozen(layer, kind)
     changed = equation(kind, variant, weight, tensors_of(layer, kind))
     # what was not adapted, the bias, may have moved
-    plain = build(kind)
+    plain = build(kind, dtype)
     plain.load_state_dict({name: layer.state_dict()[name] for name in plain.state_dict()})
 
     def by(weight: Tensor, x: Tensor) -> Tensor:
@@ -555,8 +558,8 @@ def test_dropout_is_on_the_updates_input(kind: str, variant: str) -> None:
 
     expected = by(weight, x) + by(changed, kept) - by(weight, kept)
 
-    assert_close(actual, expected.detach(), torch.float64)
-    assert_close(answer(layer.eval(), (x,)), by(changed, x), torch.float64)
+    assert_close(actual, expected.detach(), dtype)
+    assert_close(answer(layer.eval(), (x,)), by(changed, x), dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

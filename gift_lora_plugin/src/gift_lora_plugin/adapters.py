@@ -6,45 +6,27 @@ import contextlib
 import dataclasses
 import math
 import types
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gift_core import AdapterSet, FineTuningStrategy, Report, strategy_from_config
-from gift_core.errors import ParameterError, SiteError, StateError
-from gift_lora_plugin.combining import METHODS, SAME_RANK, Factors, Update
-from gift_lora_plugin.layouts import Layout, is_transformers_conv1d
+from gift_core import AdapterSet, Report
+from gift_core.errors import ParameterError, StateError
+from gift_lora_plugin.combined_strategy import combined_strategy, difference_of
+from gift_lora_plugin.combining import METHODS, SAME_RANK, Factors, Update, combine_parameters
 from gift_lora_plugin.lora import LoRA
-from gift_lora_plugin.strategies import LoRAAllFineTuningStrategy, LoRAConvFineTuningStrategy, LoRALinearFineTuningStrategy
-
-_STRATEGIES = (LoRAAllFineTuningStrategy, LoRAConvFineTuningStrategy, LoRALinearFineTuningStrategy)
-
-#: What adapters may differ in and still be combined: all of it is in the factors.
-_FOLDED: dict[str, Any] = {"rank": 1, "lora_alpha": None, "use_rslora": False, "init": "kaiming", "freeze_A": False}
-_FOLDED |= {"rank_pattern": None, "alpha_pattern": None, "lora_dropout": 0.0, "dropout_pattern": None}
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED: dict[Any, Any] = {
-    nn.ConvTranspose1d: F.conv_transpose1d,
-    nn.ConvTranspose2d: F.conv_transpose2d,
-    nn.ConvTranspose3d: F.conv_transpose3d,
-}
+from gift_lora_plugin.mixture import Mixture, Survey
 
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """One adapted weight under one adapter; ``key`` is its full name, ``module`` the layer, ``prefix`` what its tensors start with."""
+    """One adapted weight under one adapter: the full name of its factor B, the name of the site, its update, whether it has DoRA."""
 
     key: str
-    module: nn.Module
-    prefix: str
+    place: str
     update: Update
-    layout: Layout
-    dropout: float
     dora: bool
 
     @property
@@ -52,12 +34,23 @@ class _Site:
         return int(self.update.lora_A.shape[-2])
 
     @property
-    def place(self) -> str:
-        return self.key.removesuffix(f"{self.prefix}lora_B").rstrip(".")
+    def own_keys(self) -> set[str]:
+        start = self.key.removesuffix("lora_B")
+        return {start + name for name in ("lora_B", "lora_A", "lora_B_init", "lora_A_init", "lora_magnitude")}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Content:
+    """What an adapter has: its adapted weights by key, and its values of the base's parameters that it trains, too."""
+
+    sites: dict[str, _Site]
+    kept: Mapping[str, Tensor]
 
 
 class LoRAAdapterSet(AdapterSet):
     """An `AdapterSet` that can combine LoRA adapters, and compute a batch with a different adapter for each sample."""
+
+    _is_mixing = False
 
     def combine(
         self,
@@ -70,6 +63,8 @@ class LoRAAdapterSet(AdapterSet):
         generator: torch.Generator | None = None,
     ) -> Report:
         """Add an adapter that combines others, all or nothing; it is an ordinary adapter, which trains and saves.
+
+        What the adapters train of the base, biases or a head, is combined as its differences from the base, see `combine_parameters`.
 
         Args:
             weights: the adapters, each with its weight.
@@ -84,23 +79,26 @@ class LoRAAdapterSet(AdapterSet):
         Raises:
             AdapterNameError: if an adapter is unknown or the name is taken.
             ParameterError: if a weight, the method, the rank or the density is not allowed, or ranks differ where they must not.
-            StateError: if an adapter is none of this plugin's strategies alone, uses DoRA, or trains or moves something besides its
-                factors; the message names it and the reason. Such parts have no weighted sum that would be right for all.
+            StateError: if the adapters are not of the same strategy but for rank, scaling and start, one has DoRA, has moved a buffer
+                (statistics of a normalisation), or trains what is neither its factors nor the base's; the message names it and the
+                reason.
         """
         _check(weights, method, rank, density)
-        sites = {other: self._combinable(other) for other in weights}
-        strategies = self._comparable(list(weights))
-        options = _options(method, density, generator)
-        with torch.no_grad():
-            combined = {
-                key: _combine([sites[other][key] for other in weights], list(weights.values()), method, rank, options)
-                for key in next(iter(sites.values()))
-            }
-        ranks = {next(iter(sites.values()))[key].place: int(lora_A.shape[-2]) for key, (_, lora_A) in combined.items()}
+        config = self._common_config(list(weights))
+        contents, shares = [self._content(other) for other in weights], list(weights.values())
+        options: dict[str, Any] = {"density": density, "generator": generator}
+        with self.using(None) as model, torch.no_grad():
+            sites = {key: [content.sites[key] for content in contents] for key in contents[0].sites}
+            factors = {key: _combine(found, shares, method, options | {"rank": rank}) for key, found in sites.items()}
+            base = dict(model.named_parameters())
+            tuned = {key: [content.kept[key] for content in contents] for key in contents[0].kept}
+            kept = {key: combine_parameters(base[key], values, shares, method, **options) for key, values in tuned.items()}
+            ranks = {found[0].place: int(factors[key][1].shape[-2]) for key, found in sites.items()}
+            strategy = combined_strategy(model, config, ranks)
         with torch.random.fork_rng(devices=[]):  # what enabling draws is replaced
-            report = self.add(name, _strategy_with(strategies[0], ranks))
+            report = self.add(name, strategy)
         try:
-            self._write(name, combined)
+            self._write(name, factors, kept)
         except BaseException:
             self.remove(name)
             raise
@@ -110,108 +108,120 @@ class LoRAAdapterSet(AdapterSet):
     def per_sample(self, names: Sequence[str | None]) -> Iterator[nn.Module]:
         """Within the context sample i of a batch is computed with adapter ``names[i]``, or as by the base model where that is None.
 
-        Each layer's base product is computed once for the whole batch; each adapter's update for its own samples. Gradients flow to
-        the adapters' parameters. The result is that of running the samples one by one, but for the order of sums; dropout draws anew.
+        The result is that of running the samples one by one, but for the order of sums; dropout draws anew. A linear layer computes the
+        base's product once for all samples, and each adapter's update for its own; any other layer that an adapter changes, also a
+        trained bias or head, runs once for each adapter on its own samples. Gradients flow to the adapters' parameters. What was
+        compiled runs eagerly here.
 
         Args:
-            names: one for each sample, along the first axis of every adapted layer's input.
+            names: one for each sample. Samples lie along the first axis of what every changed layer is called with; in recurrent layers
+                and attention where ``batch_first`` says, or in packed sequences, and around these perhaps along the second axis, too.
 
         Raises:
             AdapterNameError: if an adapter is unknown.
-            StateError: if an adapter trains or moves something besides its factors, or a layer is called with another number of
-                samples or not called at all (its weight was read by others, and would have been the base's).
-            SiteError: if a layer cannot be computed so, or mixes samples (BatchNorm in training); the message names it.
+            SiteError: if the samples of a layer cannot be told apart, or a layer mixes them (BatchNorm in training); the message names
+                it.
+            StateError: if a layer is called with another number of samples, something else reads its weight, an adapter has modules of
+                its own, or an adapter is put to use within the context.
         """
+        if self._is_mixing:
+            raise StateError("per_sample is active already: leave that context first.")
         rows = {name: [at for at, other in enumerate(names) if other == name] for name in dict.fromkeys(names) if name is not None}
-        sites = [(site, torch.tensor(rows[name])) for name in rows for site in self._sites(name).values()]
         with self.using(None) as model:
-            for site, _ in sites:
-                _refuse_unsplittable(site)
-            _refuse_mixing(model)
+            survey = Survey(model)
+            mixture = Mixture(model, [(own, self._replicas(name, survey)) for name, own in rows.items()], len(names))
             trains = [parameter for parameter in nn.Module.parameters(model) if parameter.requires_grad]
-            batch = _Batch(len(names), sites)
             try:
+                self._is_mixing = True
                 for parameter in trains:
                     parameter.requires_grad_(False)
-                batch.attach(model)
-                yield model
+                with mixture.active(lambda: self.active is None):
+                    yield model
             finally:
-                batch.detach()
+                self._is_mixing = False
+                self.use(None)
                 for parameter in trains:
                     parameter.requires_grad_(True)
 
-    # --- reading adapters
+    def _replicas(self, name: str, survey: Survey) -> dict[nn.Module, nn.Module]:
+        with self.using(name):
+            return survey.replicas(name)
 
-    def _sites(self, name: str) -> dict[str, _Site]:
-        """The adapted weights of an adapter, after a look at whether they are all there is to it."""
-        base = self._base_tensors()
-        with self.using(name) as model:
-            found = {site.key: site for site in _sites_of(model)}
-            own = {key for site in found.values() for key in _own_keys(site)}
-            others = [key for key, parameter in model.named_parameters() if parameter.requires_grad and key not in own]
-            buffers = ((key, buffer) for key, buffer in model.named_buffers() if key not in own)
-            others += [key for key, buffer in buffers if key not in base or not torch.equal(buffer, base[key])]
-        if others or not found:
-            what = f"has {', '.join(others[:3])} of its own" if others else "adapts no weight in this way"
-            raise StateError(f"adapter {name!r} {what}, besides low-rank factors: use it alone, with use({name!r}).")
-        return found
+    # --- what is combined
 
-    def _base_tensors(self) -> dict[str, Tensor]:
-        with self.using(None) as model:
-            return dict(model.named_buffers())
-
-    def _combinable(self, name: str) -> dict[str, _Site]:
-        strategy = self.strategy(name)
-        if not isinstance(strategy, _STRATEGIES):
-            raise StateError(f"adapter {name!r} is of {strategy!r}, and only those of one LoRA strategy are combined.")
-        sites = self._sites(name)
-        for site in sites.values():
-            if site.dora:
-                raise StateError(f"adapter {name!r} uses DoRA at {site.place!r}, whose magnitudes have no weighted sum: leave it out.")
-        return sites
-
-    def _comparable(self, names: list[str]) -> list[FineTuningStrategy]:
-        strategies = [strategy for name in names if (strategy := self.strategy(name)) is not None]
-        configs = [strategy.to_config() for strategy in strategies]
+    def _common_config(self, names: list[str]) -> dict[str, Any]:
+        """The strategy of the first, after a look at whether the others' differ from it only in what is folded into the factors."""
+        configs = [self._config(name) for name in names]
         for name, config in zip(names, configs, strict=True):
-            for key, value in config["parameters"].items():
-                if key not in _FOLDED and value != (other := configs[0]["parameters"].get(key)):
-                    raise StateError(
-                        f"{key} is {other!r} in {names[0]!r} and {value!r} in {name!r}: combine adapters of the same layers."
-                    )
-            if config["name"] != configs[0]["name"]:
-                raise StateError(
-                    f"{names[0]!r} is of {configs[0]['name']!r}, {name!r} of {config['name']!r}: combine those of one strategy."
-                )
-        return strategies
+            if (difference := difference_of(configs[0], config)) is not None:
+                raise StateError(f"{names[0]!r} and {name!r} {difference}: combine adapters of the same layers.")
+        return configs[0]
 
-    def _write(self, name: str, combined: Mapping[str, Factors]) -> None:
+    def _config(self, name: str) -> dict[str, Any]:
+        strategy = self.strategy(name)
+        if strategy is None:
+            raise StateError(f"the strategy of {name!r} has no form as data, by which another adapter could have it: leave it out.")
+        return strategy.to_config()
+
+    def _content(self, name: str) -> _Content:
+        with self.using(None) as model:
+            parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        with self.using(name) as model:
+            sites = {site.key: site for site in _sites_of(model)}
+            own = {key for site in sites.values() for key in site.own_keys}
+            # not by requires_grad, which a user may have taken away for a while
+            kept = {key: value for key, value in model.named_parameters() if key not in own and value is not parameters.get(key)}
+            moved = [
+                key
+                for key, value in model.named_buffers()
+                if key not in own and not (key in buffers and torch.equal(value, buffers[key]))
+            ]
+        alone = f"use it alone, with use({name!r})"
+        if moved:
+            raise StateError(
+                f"adapter {name!r} has moved {', '.join(moved[:3])}, statistics of its own training, of which no weighted sum is "
+                f"right: {alone}, or train with these layers in eval()."
+            )
+        if foreign := [key for key in kept if key not in parameters]:
+            raise StateError(f"adapter {name!r} has {', '.join(foreign[:3])} of its own, which are no low-rank factors: {alone}.")
+        if not sites:
+            raise StateError(f"adapter {name!r} adapts no weight by low-rank factors: {alone}.")
+        if dora := [site.place for site in sites.values() if site.dora]:
+            raise StateError(
+                f"adapter {name!r} uses DoRA at {dora[0]!r}, which rescales the weight, so that no factors and magnitudes have the "
+                f"weighted sum of its updates: {alone}."
+            )
+        return _Content(sites, kept)
+
+    def _write(self, name: str, factors: Mapping[str, Factors], kept: Mapping[str, Tensor]) -> None:
         with self.using(name) as model, torch.no_grad():
             for site in _sites_of(model):
-                for target, value in zip((site.update.lora_B, site.update.lora_A), combined[site.key], strict=True):
+                for target, value in zip((site.update.lora_B, site.update.lora_A), factors[site.key], strict=True):
                     target.copy_(value)
+            parameters = dict(model.named_parameters())
+            for key, value in kept.items():
+                parameters[key].copy_(value)
 
 
 def _sites_of(model: nn.Module) -> Iterator[_Site]:
     for name, module in model.named_modules():
         if isinstance(module, LoRA):
             for key in [key for key in module._parameters if key.endswith("lora_B")]:
-                yield _site(f"{name}.{key}" if name else key, module, key.removesuffix("lora_B"))
+                yield _site(name, key, module, key.removesuffix("lora_B"))
 
 
-def _site(key: str, module: nn.Module, prefix: str) -> _Site:
-    names = ("lora_B", "lora_A", "lora_B_init", "lora_A_init", "lora_scaling", "lora_init", "lora_layout", "lora_dropout", "lora_dora")
+def _site(place: str, key: str, module: nn.Module, prefix: str) -> _Site:
+    names = ("lora_B", "lora_A", "lora_B_init", "lora_A_init", "lora_settings")
     own: Any = types.SimpleNamespace(**{name: getattr(module, prefix + name, None) for name in names})
     lora_B, lora_A = LoRA.factors(own)
-    return _Site(key, module, prefix, Update(lora_B, lora_A, own.lora_scaling), own.lora_layout, own.lora_dropout, own.lora_dora)
-
-
-def _own_keys(site: _Site) -> list[str]:
-    start = site.key.removesuffix("lora_B")
-    return [start + name for name in ("lora_B", "lora_A", "lora_B_init", "lora_A_init", "lora_magnitude")]
+    start = f"{place}." if place else ""
+    weight = f"{start}{prefix.removesuffix('_')}" if prefix else place
+    return _Site(start + key, weight, Update(lora_B, lora_A, own.lora_settings.scaling), own.lora_settings.dora)
 
 
 # --- combining
+
+_OPTIONS: dict[str, tuple[str, ...]] = {"ties": ("density",), "dare": ("density", "generator"), "svd": ("rank",)}
 
 
 def _check(weights: Mapping[str, float], method: str, rank: int | None, density: float) -> None:
@@ -228,117 +238,9 @@ def _check(weights: Mapping[str, float], method: str, rank: int | None, density:
         raise ParameterError(f"density must be in (0, 1], got {density!r}.")
 
 
-def _options(method: str, density: float, generator: torch.Generator | None) -> dict[str, Any]:
-    options: dict[str, dict[str, Any]] = {"ties": {"density": density}, "dare": {"density": density, "generator": generator}}
-    return options.get(method, {})
-
-
-def _combine(sites: list[_Site], weights: list[float], method: str, rank: int | None, options: dict[str, Any]) -> Factors:
+def _combine(sites: list[_Site], weights: list[float], method: str, options: dict[str, Any]) -> Factors:
     ranks = {site.rank for site in sites}
     if method in SAME_RANK and len(ranks) > 1:
         raise ParameterError(f"{method!r} needs one rank, and at {sites[0].place!r} they are {sorted(ranks)}: choose 'cat' or 'svd'.")
-    if method == "svd":
-        options = {"rank": rank or max(ranks)}
-    return METHODS[method]([site.update for site in sites], weights, **options)
-
-
-def _strategy_with(strategy: FineTuningStrategy, ranks: Mapping[str, int]) -> FineTuningStrategy:
-    """The strategy of a combination: the same layers, the new ranks, and a scaling of 1."""
-    config = strategy.to_config()
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    # a pattern covers what is inside it, and the first match wins: inner layers come first
-    inner_first = sorted(ranks, key=lambda place: -place.count("."))
-    patterns = {place: ranks[place] for place in inner_first} if len(set(ranks.values())) > 1 else None
-    new = {**_FOLDED, "rank": usual, "rank_pattern": patterns}
-    new |= {key: config["parameters"][key] for key in ("lora_dropout", "dropout_pattern")}
-    return strategy_from_config({"name": config["name"], "parameters": {**config["parameters"], **new}})
-
-
-# --- a different adapter for each sample
-
-
-class _Batch:
-    """The hooks that add each sample's own update to what the base layers give."""
-
-    def __init__(self, size: int, sites: Sequence[tuple[_Site, Tensor]]) -> None:
-        self.size = size
-        self.by_layer: dict[nn.Module, list[tuple[_Site, Tensor]]] = {}
-        for site, rows in sites:
-            self.by_layer.setdefault(site.module, []).append((site, rows))
-        self.called: set[nn.Module] = set()
-        self.handles: list[Any] = []
-
-    def attach(self, model: nn.Module) -> None:
-        self.handles += [module.register_forward_hook(self._add, prepend=True) for module in self.by_layer]
-        self.handles.append(model.register_forward_hook(self._finish))
-
-    def detach(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _add(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-        sites = self.by_layer[module]
-        place = sites[0][0].place
-        if len(arguments) != 1:
-            raise SiteError(f"{place!r} is called with {len(arguments)} positional arguments; per_sample follows layers of one input.")
-        (value,) = arguments
-        needs = len(module.kernel_size) + 2 if hasattr(module, "kernel_size") else 1 if isinstance(module, nn.Embedding) else 2  # type: ignore[arg-type]
-        if value.dim() < needs or value.shape[0] != self.size:
-            raise StateError(
-                f"{place!r} is called with an input of {tuple(value.shape)}, and per_sample names {self.size} samples, which lie along "
-                "the first axis: pass as many names as samples, or compute them one by one."
-            )
-        self.called.add(module)
-        for site, rows in sites:
-            rows = rows.to(output.device)
-            output = output.index_add(0, rows, _update(site, module, value.index_select(0, rows)).to(output.dtype))
-        return output
-
-    def _finish(self, model: nn.Module, arguments: Any, output: Any) -> None:
-        silent = [sites[0][0].place for module, sites in self.by_layer.items() if module not in self.called]
-        self.called.clear()
-        if silent:
-            raise StateError(
-                f"{', '.join(silent[:3])} took no part as a layer in this pass: something else reads its weight, which is the base's "
-                "here, or it was skipped. Compute the samples one by one."
-            )
-
-
-def _update(site: _Site, module: Any, value: Tensor) -> Tensor:
-    lora_B, lora_A, scaling = site.update
-    if isinstance(module, nn.Embedding):
-        return F.embedding(value, lora_B, module.padding_idx) @ lora_A * scaling
-    value = value.to(lora_A.dtype)
-    dropped = F.dropout(value, site.dropout, module.training) if site.dropout else value
-    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
-        weight = site.layout.as_weight(lora_B @ lora_A) * scaling
-        if isinstance(module, _CONVOLUTIONS):
-            convolved: Tensor = module._conv_forward(dropped, weight, None)
-            return convolved
-        transposed = next(function for kind, function in _TRANSPOSED.items() if isinstance(module, kind))
-        layer: Any = module
-        moves = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
-        return transposed(dropped, weight, None, *moves)  # type: ignore[no-any-return]
-    return F.linear(F.linear(dropped, lora_A), lora_B) * scaling
-
-
-def _refuse_unsplittable(site: _Site) -> None:
-    module, original = site.module, type(site.module)
-    plain: Any = next((kind for kind in (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED) if isinstance(module, kind)), None)
-    inner = "_conv_forward" if plain in _CONVOLUTIONS else "forward"
-    own_forward = plain is not None and any(getattr(original, name) is not getattr(plain, name) for name in ("forward", inner))
-    inside_attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if (plain is None and not is_transformers_conv1d(module)) or own_forward or inside_attention or site.prefix or site.dora:
-        raise SiteError(
-            f"{site.place!r} ({original.__name__}{', DoRA' if site.dora else ''}) does not add its update to an output of its own, so "
-            "that samples cannot differ in it: compute them one by one, or exclude it."
-        )
-    if plain is nn.Embedding and (module.max_norm is not None or module.scale_grad_by_freq):
-        raise SiteError(f"{site.place!r} looks at the batch or the table as a whole (max_norm, scale_grad_by_freq): one by one.")
-
-
-def _refuse_mixing(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-        if mixes:
-            raise SiteError(f"{name!r} ({type(module).__name__}) mixes the samples of a batch: call eval() on it first.")
+    given = options | {"rank": options["rank"] or max(ranks)}
+    return METHODS[method]([site.update for site in sites], weights, **{key: given[key] for key in _OPTIONS.get(method, ())})

@@ -1,7 +1,8 @@
 """Combining several low-rank updates into one, as pure functions of their factors.
 
 An update is ``s B A`` with ``B`` ``(..., rows, rank)`` and ``A`` ``(..., rank, columns)``; leading axes are a stack of matrices. Each
-function takes updates and one weight for each, and gives the factors of the combination, whose scaling is 1.
+function takes updates and one weight for each, and gives the factors of the combination, whose scaling is 1; `combine_parameters` does
+the same with whole parameters.
 """
 
 from __future__ import annotations
@@ -95,6 +96,40 @@ def combine_dare(
     return combine_linear(dropped, weights)
 
 
+def combine_parameters(
+    base: Tensor,
+    tuned: Sequence[Tensor],
+    weights: Sequence[float],
+    method: str,
+    *,
+    density: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Combine what adapters made of one parameter of the base by its differences :math:`d_i` from the base.
+
+    ``linear``, ``cat`` and ``svd`` give :math:`p + \sum_i w_i d_i`; ``ties`` and ``dare`` treat :math:`d_i` as their papers do, of
+    which it is a part of the task vector: ``ties`` adds the mean of the kept numbers of the elected sign, each times :math:`w_i`,
+    ``dare`` the weighted sum of what was kept, divided by ``density``.
+
+    Args:
+        base: the parameter without an adapter.
+        tuned: its values under each.
+        weights: one for each.
+        method: a key of `METHODS`.
+        density: as for ``ties`` and ``dare``.
+        generator: as for ``dare``.
+    """
+    # in double precision, so that one adapter of weight 1 is itself
+    wide = torch.promote_types(base.dtype, torch.float64)
+    differences = [value.to(wide) - base.to(wide) for value in tuned]
+    if method == "ties":
+        return (base.to(wide) + _ties(differences, weights, density)).to(base.dtype)
+    if method == "dare":
+        differences = [_drop(difference, density, generator) for difference in differences]
+    total = torch.stack([weight * difference for weight, difference in zip(weights, differences, strict=True)]).sum(0)
+    return (base.to(wide) + total).to(base.dtype)
+
+
 #: Methods that keep the rank and so need one rank for all.
 SAME_RANK: dict[str, Callable[..., Factors]] = {"linear": combine_linear, "ties": combine_ties, "dare": combine_dare}
 
@@ -123,7 +158,7 @@ def _ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float) -
 
 def _trim(tensor: Tensor, density: float) -> Tensor:
     flat = tensor.flatten()
-    kept = flat.abs().topk(int(density * flat.numel())).indices
+    kept = flat.abs().topk(max(1, int(density * flat.numel()))).indices  # of a short bias at least one
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view(tensor.shape)
 
 

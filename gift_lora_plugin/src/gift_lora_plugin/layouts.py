@@ -23,8 +23,9 @@ stacked raw ones (experts)                  (n, out, in)            stack of n  
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ ATTENTION_PARTS = ("q", "k", "v", "out")
 
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _GATES: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (((nn.LSTM, nn.LSTMCell), 4), ((nn.GRU, nn.GRUCell), 3))
+
+#: All of a layer that its layouts depend on: its class, and the groups of a transposed convolution, 1 for any other.
+Kind = tuple[type[nn.Module], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +83,11 @@ class Layout:
 
     def shape_of_A(self, rank: int) -> tuple[int, ...]:
         """``(rank, columns)``, or ``(blocks, rank, columns)``."""
-        return (*self._stack(), rank, self.columns)
+        return (rank, self.columns) if self.blocks is None else (self.blocks, rank, self.columns)
 
     def shape_of_B(self, rank: int) -> tuple[int, ...]:
         """``(rows, rank)``, or ``(blocks, rows, rank)``."""
-        return (*self._stack(), self.rows, rank)
+        return (self.rows, rank) if self.blocks is None else (self.blocks, self.rows, rank)
 
     def matrices_of(self, weight: Tensor) -> Tensor:
         """The adapted part of a weight as ``(rows, columns)`` or ``(blocks, rows, columns)``; a view where memory allows."""
@@ -126,9 +130,6 @@ class Layout:
         # the first axis of the weight is two of the view: they take their full size, the others stay broadcast
         return spread.expand(*self.view[:2], *spread.shape[2:]).reshape(self.shape[0], *spread.shape[2:])
 
-    def _stack(self) -> tuple[int, ...]:
-        return () if self.blocks is None else (self.blocks,)
-
     def _output_sizes(self) -> list[int]:
         sizes = [self.view[axis] for axis in self.output_axes]
         return sizes if self.parts is None else [len(self.parts), *sizes[1:]]
@@ -143,8 +144,18 @@ class Layout:
         return [given.get(part, rest[part]) for part in range(self.view[0])]
 
 
-def layout_of(
-    module: nn.Module,
+def kind_of(module: nn.Module) -> Kind:
+    """What of a layer decides how its parameters are read."""
+    return type(module), module.groups if isinstance(module, _TRANSPOSED_CONVOLUTIONS) else 1
+
+
+def layout_of(module: nn.Module, name: str, shape: Sequence[int], **choices: Any) -> Layout:
+    """`layout_of_kind` for a layer at hand."""
+    return layout_of_kind(kind_of(module), name, shape, **choices)
+
+
+def layout_of_kind(
+    kind: Kind,
     name: str,
     shape: Sequence[int],
     *,
@@ -155,7 +166,7 @@ def layout_of(
     """Choose how a parameter of a layer is read.
 
     Args:
-        module: the layer; its class decides.
+        kind: the layer's class, and its groups.
         name: of the parameter in it.
         shape: of the parameter.
         conv_layout: how a convolution is read, see `lowrank.matrix_shape`.
@@ -166,28 +177,35 @@ def layout_of(
     Raises:
         SiteError: if the shape holds no matrix; the message names the parameter and the shape.
     """
-    size = tuple(shape)
+    (cls, groups), size = kind, tuple(shape)
     if len(size) < 2 or not math.prod(size):
         raise SiteError(f"its {name!r} has shape {size}, and a low-rank update needs a matrix: exclude it.")
     if parameter_layout is not None:
         return _raw(name, size, parameter_layout == "in_out")
-    if is_transformers_conv1d(module):
+    if _is_conv1d(cls):
         return _raw(name, size, transposed=True)
-    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+    if issubclass(cls, nn.MultiheadAttention) and name == "in_proj_weight":
         return _packed(size, 3, tuple(sorted(ATTENTION_PARTS.index(part) for part in set(attention) - {"out"})))
-    if gates := _gates(module, name):
+    if gates := _gates(cls, name):
         return _packed(size, gates)
     rows, columns = matrix_shape(size, conv_layout)
-    if isinstance(module, _TRANSPOSED_CONVOLUTIONS):
-        view = (module.groups, size[0] // module.groups, *size[1:])
+    if issubclass(cls, _TRANSPOSED_CONVOLUTIONS):
+        view = (groups, size[0] // groups, *size[1:])
         return Layout(size, rows, columns, view=view, output_axes=(0, 2))
-    output = 1 if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else 0
+    output = 1 if issubclass(cls, (nn.Embedding, nn.EmbeddingBag)) else 0
     return Layout(size, rows, columns, view=size, output_axes=(output,))
 
 
 def is_transformers_conv1d(module: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, a linear layer whose weight is ``(in, out)``; by name, without importing it."""
-    return any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__)
+    return _is_conv1d(type(module))
+
+
+def _is_conv1d_class(cls: type) -> bool:
+    return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in cls.__mro__)
+
+
+_is_conv1d: Callable[[type], bool] = functools.lru_cache(maxsize=1024)(_is_conv1d_class)
 
 
 def _raw(name: str, shape: tuple[int, ...], transposed: bool) -> Layout:
@@ -206,7 +224,7 @@ def _packed(shape: tuple[int, ...], total: int, parts: tuple[int, ...] | None = 
     return Layout(shape, rows, columns, blocks, view=(total, rows, columns), output_axes=(0, 1), parts=parts)
 
 
-def _gates(module: nn.Module, name: str) -> int:
+def _gates(cls: type[nn.Module], name: str) -> int:
     if not name.startswith(("weight_ih", "weight_hh")):
         return 0
-    return next((gates for types, gates in _GATES if isinstance(module, types)), 0)
+    return next((gates for types, gates in _GATES if issubclass(cls, types)), 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,13 +11,15 @@ from torch.nn import functional as F
 from gift_core import Reparameterization, adopted_weight
 from gift_core.errors import SiteError
 from gift_lora_plugin.convolution import low_rank_conv
-from gift_lora_plugin.initialization import FROM_WEIGHT, check_initialization, factors_of, kaiming_uniform, orthogonal
-from gift_lora_plugin.layouts import Layout, is_transformers_conv1d, layout_of
+from gift_lora_plugin.initialization import FROM_WEIGHT, factors_of, kaiming_uniform, orthogonal
+from gift_lora_plugin.layouts import is_transformers_conv1d
 from gift_lora_plugin.linear import low_rank_linear
-from gift_lora_plugin.lowrank import own_precision
+from gift_lora_plugin.lowrank import drop, own_precision
+from gift_lora_plugin.settings import Settings, settings_of, shared_setting
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_OF_TENSORS = frozenset({"freeze_A", "dtype"})  # the params that are no matter of the settings
 _ATTENTION = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
@@ -34,7 +35,7 @@ class LoRA(Reparameterization):
         alpha: numerator of the scaling; ``None`` means ``rank``.
         dropout: probability with which a number of the update's input is dropped in training; of an embedding, whose input is one
             number per token, the whole update of a token.
-        conv_layout, attention, parameter_layout: how the weight is read, see `layout_of`.
+        conv_layout, attention, parameter_layout: how the weight is read, see `layouts.layout_of_kind`.
         rslora: scale by :math:`\alpha / \sqrt{r}` (rsLoRA) instead of :math:`\alpha / r`, so that the update's size does not depend on
             the rank.
         dora: learn the magnitude of each output apart from its direction (DoRA). The norm is a constant in the backward pass, as in
@@ -50,10 +51,9 @@ class LoRA(Reparameterization):
         lora_A: ``(rank, columns)``, or ``(blocks, rank, columns)``; Kaiming uniform with ``a = sqrt(5)`` by default.
         lora_magnitude: ``(outputs,)``, real, the norms of the weight; with ``dora`` alone.
         lora_B_init, lora_A_init: the factors at the start, persistent buffers; with ``pissa`` and ``olora`` alone.
-        lora_scaling: :math:`s`.
-        lora_dropout: the dropout probability.
-        lora_layout: how the weight is read.
-        lora_init, lora_dora: the variant.
+        lora_settings: what is no tensor, one `Settings` for all layers that are adapted alike.
+        lora_scaling, lora_dropout, lora_layout, lora_init, lora_dora: what these settings say of ``weight``; one that is set is this
+            layer's own from then on.
 
     Source: Hu et al. 2022, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2; DoRA: Liu et al.
     2024, arXiv:2402.09353, equations 5 and 11; PiSSA: arXiv:2404.02948; OLoRA: arXiv:2406.01775; LoRA-FA: Zhang et al. 2023,
@@ -65,17 +65,19 @@ class LoRA(Reparameterization):
     lora_magnitude: nn.Parameter
     lora_B_init: Tensor
     lora_A_init: Tensor
-    lora_scaling: float
-    lora_dropout: float
-    lora_layout: Layout
-    lora_init: str
-    lora_dora: bool
+    lora_settings: Settings
+
+    lora_scaling = shared_setting("scaling")
+    lora_dropout = shared_setting("dropout")
+    lora_layout = shared_setting("layout")
+    lora_init = shared_setting("init")
+    lora_dora = shared_setting("dora")
 
     @classmethod
     def specialize(cls, module: nn.Module) -> type[Reparameterization]:
         # a subclass with a forward of its own must keep it: it reads the effective weight; and so must a layer with several weights
         forward = type(module).forward
-        if sum(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values()) != 1:
+        if len([parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() > 1]) != 1:
             return cls
         if isinstance(module, nn.Linear):
             return LinearLoRA if forward is nn.Linear.forward else cls
@@ -90,17 +92,15 @@ class LoRA(Reparameterization):
 
     @classmethod
     def examine(cls, module: nn.Module, name: str, weight: Tensor, **params: Any) -> str | None:
-        layout = layout_of(module, name, weight.shape, **_layout_keywords(params))
-        rank, scaling = params["rank"], scaling_of(params["rank"], params.get("alpha"), params.get("rslora", False))
-        check_initialization(params.get("init", "kaiming"), rank, layout.rows, layout.columns, scaling)
+        settings = settings_of(module, name, weight.shape, **{key: params[key] for key in params if key not in _OF_TENSORS})
         reads_weight = cls is LoRA or (cls is EmbeddingLoRA and not _reads_rows(module))
         if reads_weight and isinstance(module, _EMBEDDINGS) and module.sparse:
             raise SiteError("its sparse gradients cannot pass through an effective weight: set its sparse=False, or exclude it.")
-        if params.get("dropout") and isinstance(module, _ATTENTION):
+        if settings.dropout and isinstance(module, _ATTENTION):
             return "lora_dropout has no effect where attention reads the weight itself"
-        if params.get("dropout") and reads_weight:
+        if settings.dropout and reads_weight:
             raise SiteError("its forward reads the weight, and no dropout can be put into it: set lora_dropout=0, or exclude it.")
-        if rank > layout.max_rank:
+        if (rank := params["rank"]) > settings.layout.max_rank:
             return f"rank {rank} is more than these layers can use; it works, and wastes numbers"
         return None
 
@@ -119,26 +119,25 @@ class LoRA(Reparameterization):
         **layout: Any,
     ) -> None:
         module, name = adopted_weight(self)
-        self.lora_layout = layout_of(module, name, weight.shape, **layout)
-        self.lora_scaling = scaling_of(rank, alpha, rslora)
-        self.lora_dropout = dropout
-        self.lora_init = init
-        self.lora_dora = dora
-        lora_B, lora_A = self._start(weight, rank, weight.dtype if dtype is None else _at_least(dtype, weight.dtype))
+        settings = settings_of(
+            module, name, weight.shape, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dora=dora, init=init, **layout
+        )
+        self.lora_settings = settings
+        lora_B, lora_A = _start(settings, weight, rank, weight.dtype if dtype is None else _at_least(dtype, weight.dtype))
         if init in FROM_WEIGHT:
             if isinstance(module, _EMBEDDINGS) and module.padding_idx is not None:
                 lora_B[module.padding_idx] = 0  # torch promises that this row stays as it is
             self.register_buffer("lora_B_init", lora_B.clone())
             self.register_buffer("lora_A_init", lora_A.clone())
-        self.lora_B = nn.Parameter(lora_B)
+        self.register_parameter("lora_B", nn.Parameter(lora_B))
         if freeze_A:
             # no parameter, so that what passes over frozen parameters (distributed checkpoints) cannot lose it
             self.register_buffer("lora_A", lora_A)
         else:
-            self.lora_A = nn.Parameter(lora_A)
+            self.register_parameter("lora_A", nn.Parameter(lora_A))
         if dora:
             # the very computation of the forward pass, so that the quotient of the two is exactly 1
-            self.lora_magnitude = nn.Parameter(self.lora_layout.output_norms(self._constant_direction(weight)))
+            self.register_parameter("lora_magnitude", nn.Parameter(settings.layout.output_norms(self._constant_direction(weight))))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         r"""B and A whose product is the update, apart from the scaling, whatever they started from.
@@ -147,33 +146,23 @@ class LoRA(Reparameterization):
         :math:`B A - B_0 A_0`, exactly zero at the start.
         """
         lora_B, lora_A = self.lora_B, self.lora_A
-        if self.lora_init not in FROM_WEIGHT:
+        if self.lora_settings.init not in FROM_WEIGHT:
             return lora_B, lora_A
         lora_B_init, lora_A_init = self.lora_B_init, self.lora_A_init
         return torch.cat([lora_B - lora_B_init, lora_B_init], -1), torch.cat([lora_A, lora_A - lora_A_init], -2)
 
     def reparameterize(self, weight: Tensor) -> Tensor:
-        direction = self._direction(weight, *self.factors())
-        if not self.lora_dora:
+        direction, settings = self._direction(weight, *self.factors()), self.lora_settings
+        if not settings.dora:
             return direction
-        return direction * self.lora_layout.along_outputs(self._gain_of(direction.detach()))
-
-    def _start(self, weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        layout = self.lora_layout
-        if self.lora_init in FROM_WEIGHT:
-            check_initialization(self.lora_init, rank, layout.rows, layout.columns, self.lora_scaling)
-            lora_B, lora_A = factors_of(self.lora_init, layout.matrices_of(weight), rank, self.lora_scaling)
-            return lora_B.to(dtype).contiguous(), lora_A.to(dtype).contiguous()
-        lora_A = weight.new_empty(layout.shape_of_A(rank), dtype=dtype)
-        fill = orthogonal if self.lora_init == "orthogonal" else kaiming_uniform
-        return weight.new_zeros(layout.shape_of_B(rank), dtype=dtype), fill(lora_A)
+        return direction * settings.layout.along_outputs(self._gain_of(direction.detach()))
 
     def _direction(self, weight: Tensor, lora_B: Tensor, lora_A: Tensor) -> Tensor:
         """``W + s B A``, in the adapter's dtype."""
-        layout = self.lora_layout
+        settings, layout = self.lora_settings, self.lora_settings.layout
         add = torch.addmm if layout.blocks is None else torch.baddbmm
         matrices = layout.matrices_of(weight.to(lora_B.dtype))
-        return layout.weight_with(weight, add(matrices, lora_B, lora_A, alpha=self.lora_scaling))
+        return layout.weight_with(weight, add(matrices, lora_B, lora_A, alpha=settings.scaling))
 
     def _constant_direction(self, weight: Tensor) -> Tensor:
         lora_B, lora_A = self.factors()
@@ -182,7 +171,7 @@ class LoRA(Reparameterization):
 
     def _gain_of(self, direction: Tensor) -> Tensor:
         r""":math:`m / \lVert V \rVert`, ``(outputs,)``, and 1 for an output without a direction."""
-        norms = self.lora_layout.output_norms(direction)
+        norms = self.lora_settings.layout.output_norms(direction)
         zero = norms == 0
         return torch.where(zero, torch.ones_like(norms), self.lora_magnitude / norms.masked_fill(zero, 1))
 
@@ -196,15 +185,16 @@ class _LinearMap(LoRA):
     def forward(self, input: Tensor) -> Tensor:
         """Map as the layer does, without building a weight that autograd keeps."""
         _refuse_tracing(input)
-        if self.lora_layout.blocks is not None or self.lora_layout.transposed is not self._holds_transposed:
+        settings, layout = self.lora_settings, self.lora_settings.layout
+        if layout.blocks is not None or layout.transposed is not self._holds_transposed:
             return super().forward(input)  # type: ignore[no-any-return]
-        dropout = self.lora_dropout if self.training else 0.0
-        if not self.lora_dora:
+        dropout = settings.dropout if self.training else 0.0
+        if not settings.dora:
             return self._tuned(input, self.bias, dropout)
         weight: Any = self._parameters["weight"]
         gain = self._gain_of(self._constant_direction(weight))
         if dropout:
-            dropped = F.dropout(input, dropout)
+            dropped = drop(input, dropout)
             update = self._spread(gain) * self._tuned(dropped, None, 0.0) - self._frozen(dropped, None)
             base = self._frozen(input, self.bias)
             return (base + update).to(base.dtype)
@@ -232,7 +222,7 @@ class LinearLoRA(_LinearMap):
 
     def _tuned(self, input: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         lora_B, lora_A = self.factors()
-        return low_rank_linear(input, self._matrix(), bias, lora_A, lora_B, self.lora_scaling, dropout)
+        return low_rank_linear(input, self._matrix(), bias, lora_A, lora_B, self.lora_settings.scaling, dropout)
 
     def _frozen(self, input: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, self._matrix(), bias)
@@ -263,7 +253,7 @@ class ConvLoRA(_LinearMap):
             bias,
             lora_A,
             lora_B,
-            self.lora_scaling,
+            self.lora_settings.scaling,
             dropout,
             stride=self.stride,  # type: ignore[arg-type]
             padding=self.padding,  # type: ignore[arg-type]
@@ -285,13 +275,14 @@ class EmbeddingLoRA(LoRA):
     def forward(self, input: Tensor) -> Tensor:
         """Map tokens of any shape to ``(..., dim)``."""
         _refuse_tracing(input)
-        if self.lora_layout.transposed or not _reads_rows(self):
+        settings = self.lora_settings
+        if settings.layout.transposed or not _reads_rows(self):
             return super().forward(input)  # type: ignore[no-any-return]
         weight: Any = self._parameters["weight"]
         base = F.embedding(input, weight)
-        tuned = self._rows(input, base) if not self.lora_dora else self._rescaled(input, base)
-        if self.lora_dropout and self.training:
-            keep = F.dropout(base.new_ones(*input.shape, 1), self.lora_dropout)
+        tuned = self._rows(input, base) if not settings.dora else self._rescaled(input, base)
+        if settings.dropout and self.training:
+            keep = drop(base.new_ones(*input.shape, 1), settings.dropout)
             tuned = base + keep * (tuned - base)
         return tuned.to(base.dtype)
 
@@ -300,7 +291,7 @@ class EmbeddingLoRA(LoRA):
         with own_precision(base.device.type):  # autocast leaves the frozen rows alone, too
             # never sparse, because A's gradient is dense and few optimizers take both
             update = F.embedding(input, lora_B, self.padding_idx) @ lora_A  # type: ignore[arg-type]
-        return torch.add(base, update, alpha=self.lora_scaling)
+        return torch.add(base, update, alpha=self.lora_settings.scaling)
 
     def _rescaled(self, input: Tensor, base: Tensor) -> Tensor:
         weight: Any = self._parameters["weight"]
@@ -311,16 +302,14 @@ class EmbeddingLoRA(LoRA):
         return torch.where(input.eq(self.padding_idx).unsqueeze(-1), tuned.detach(), tuned)  # type: ignore[arg-type]
 
 
-def scaling_of(rank: int, alpha: float | None, rslora: bool = False) -> float:
-    r"""The scaling :math:`\alpha / r`, or :math:`\alpha / \sqrt{r}` for rsLoRA; an ``alpha`` of None is the rank.
-
-    Source: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
-    """
-    return (rank if alpha is None else alpha) / (math.sqrt(rank) if rslora else rank)
-
-
-def _layout_keywords(params: dict[str, Any]) -> dict[str, Any]:
-    return {key: params[key] for key in ("conv_layout", "attention", "parameter_layout") if key in params}
+def _start(settings: Settings, weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    layout, init = settings.layout, settings.init
+    if init in FROM_WEIGHT:
+        lora_B, lora_A = factors_of(init, layout.matrices_of(weight), rank, settings.scaling)
+        return lora_B.to(dtype).contiguous(), lora_A.to(dtype).contiguous()
+    lora_A = weight.new_empty(layout.shape_of_A(rank), dtype=dtype)
+    fill = orthogonal if init == "orthogonal" else kaiming_uniform
+    return weight.new_zeros(layout.shape_of_B(rank), dtype=dtype), fill(lora_A)
 
 
 def _at_least(dtype: str, weight_dtype: torch.dtype) -> torch.dtype:

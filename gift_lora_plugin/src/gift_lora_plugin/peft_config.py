@@ -46,6 +46,8 @@ _REFUSED = {
 }
 #: Starts that subtract from the base weight what the factors begin with: the tensors alone do not give the update.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: Those of them that PEFT makes anew when it loads an adapter, from nothing but the base weight; so can we.
+_MADE_ANEW = ("pissa", "olora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class PeftConfig:
         dora: whether there are magnitudes.
         bias: ``none``, ``all`` or ``lora_only``.
         modules_to_save: endings of the names of modules that are trained in full.
+        start: ``pissa`` or ``olora`` where the factors count from what the base weight gives, else None.
     """
 
     alpha: float
@@ -69,6 +72,7 @@ class PeftConfig:
     dora: bool
     bias: str
     modules_to_save: tuple[str, ...]
+    start: str | None = None
 
 
 def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConfig:
@@ -86,7 +90,8 @@ def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConf
         raise AdapterFormatError(f"peft_type is {kind!r}, and LORA alone can be read: there is no form for other methods.")
     if wrong := _malformed(data):
         raise AdapterFileError("the configuration is malformed.\n  " + "\n  ".join(wrong))
-    if reasons := _no_form(data, set(ignore)):
+    ignored = set(ignore)
+    if reasons := _no_form(data, ignored):
         raise AdapterFormatError("the configuration asks for what has no form here.\n  " + "\n  ".join(reasons))
     return PeftConfig(
         alpha=data.get("lora_alpha", 8),
@@ -96,6 +101,7 @@ def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConf
         dora=bool(data.get("use_dora")),
         bias=data.get("bias", "none"),
         modules_to_save=tuple(data.get("modules_to_save") or ()),
+        start=None if "init_lora_weights" in ignored else _made_anew(data),
     )
 
 
@@ -116,10 +122,11 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
 def _no_form(data: Mapping[str, Any], ignore: set[str]) -> list[str]:
     reasons = [f"{key}: {why}" for key, why in _REFUSED.items() if data.get(key) and key not in ignore]
     start = data.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING) and "init_lora_weights" not in ignore:
+    changes_base = isinstance(start, str) and start.lower().startswith(_BASE_CHANGING) and _made_anew(data) is None
+    if changes_base and "init_lora_weights" not in ignore:
         reasons.append(
-            f"init_lora_weights is {_shown(start)}, which changes the base weights: let PEFT save it as a plain adapter, with "
-            "save_pretrained(directory, path_initial_model_for_weight_conversion=...)"
+            f"init_lora_weights is {_shown(start)}, which changes the base weights, by draws or data that the files do not hold: let "
+            "PEFT save it as a plain adapter, with save_pretrained(directory, path_initial_model_for_weight_conversion=...)"
         )
     unknown = [key for key in data if key not in _DESCRIPTIVE | _READ | _REFUSED.keys() and data[key] and key not in ignore]
     # a switch of a later version that is off cannot change anything; one that is on may
@@ -127,6 +134,11 @@ def _no_form(data: Mapping[str, Any], ignore: set[str]) -> list[str]:
         f"{_shown(key)} is unknown, and set to {_shown(data[key])}: say ignore if you know it to be harmless" for key in unknown
     ]
     return reasons
+
+
+def _made_anew(data: Mapping[str, Any]) -> str | None:
+    start = data.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) and start.lower() in _MADE_ANEW else None
 
 
 def alphas(config: PeftConfig, names: Sequence[str]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
@@ -27,9 +28,10 @@ from gift_core import (
     save_adapter,
 )
 from gift_core.errors import AdapterMismatchError, AdapterWriteError, StateError
+from gift_lora_plugin.parameters import literal_pattern
 from gift_lora_plugin.peft_config import PeftConfig, alphas, config_from
 from gift_lora_plugin.peft_directory import PREFIX, TENSORS_FILE, Conversion, read_config_file, read_tensors_file
-from gift_lora_plugin.peft_layers import EMBEDDING_KEYS, MAGNITUDE_KEY, PLAIN_KEYS, Factors, from_peft, misfits, refusal
+from gift_lora_plugin.peft_layers import EMBEDDING_KEYS, MAGNITUDE_KEY, PLAIN_KEYS, Factors, from_peft, misfits, refusal, start_refusal
 from gift_lora_plugin.strategies import LoRAAllFineTuningStrategy
 
 #: The name that PEFT gives an adapter unless told otherwise; its saved keys leave it out, those of a whole state dict have it.
@@ -68,7 +70,9 @@ class _Group:
 def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: Iterable[str] = ()) -> Conversion:
     """Tune a plain model with the adapter in a folder of PEFT's files; PEFT itself is not needed.
 
-    Convolutions get the layout ``out_as_h``, which is PEFT's. Factors that the weight's dtype cannot hold are kept in float32, and the
+    Convolutions get the layout ``out_as_h``, which is PEFT's. PiSSA and OLoRA that PEFT saved without converting them count from what
+    the weights of ``model`` give, as they do where PEFT loads them; in half precision PEFT rounds what it leaves of the base, and the
+    base here is kept. Factors that the weight's dtype cannot hold are kept in float32, and the
     model computes with them as ``adapter_dtype="float32"`` does.
 
     Args:
@@ -208,10 +212,11 @@ def _is_bias_of(key: str, sites: Mapping[str, Any]) -> bool:
 
 
 def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> Iterator[str]:
+    holders = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
     for name, tensors in content.sites.items():
         if name not in modules:
             yield f"{_named(name)}: the model has no such layer"
-        elif (reason := refusal(modules[name])) is not None:
+        elif (reason := refusal(modules[name]) or _start_refusal(modules[name], config, holders)) is not None:
             yield f"{name}: {reason}"
         else:
             wrong = misfits(modules[name], tensors, config.dora) or _wrong_numbers(tensors)
@@ -225,6 +230,10 @@ def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Mod
     for key, tensor in content.base.items():
         if key in own and tensor.shape == own[key].shape and not torch.equal(tensor.to(own[key].dtype), own[key].cpu()):
             yield f"{key} is frozen, and the file holds other values: load these into the base model first"
+
+
+def _start_refusal(module: nn.Module, config: PeftConfig, holders: Mapping[int, int]) -> str | None:
+    return None if config.start is None else start_refusal(module, config.start, is_tied=holders[id(_weight(module))] > 1)
 
 
 def _wrong_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -257,7 +266,7 @@ def _strategy(
         module = modules[name]
         dropout = 0.0 if isinstance(module, nn.Embedding) else config.dropout  # PEFT has none there
         dtype = _weight(module).dtype
-        group = _Group(update.rank, alpha[name], dropout, _needs_more(update, dtype))
+        group = _Group(update.rank, alpha[name], dropout, _needs_more(update, dtype, config))
         groups.setdefault(group, []).append(name)
     biases = any(_is_bias_of(key, factors) for key in content.trained)
     others = [name for name, module in modules.items() if name not in factors and module._parameters]
@@ -276,37 +285,33 @@ def _strategy(
     parameters = {name for name, _ in next(iter(modules.values())).named_parameters(remove_duplicate=False)}
     full = sorted(key for key in content.trained if key in parameters and not _is_bias_of(key, factors))
     if full:
-        strategies.append(FullFineTuningStrategy(targets=[_literal(key) for key in full]))
+        strategies.append(FullFineTuningStrategy(targets=[literal_pattern(key) for key in full]))
     return strategies[0] if len(strategies) == 1 else merge_strategies(strategies)
 
 
 def _variant(config: PeftConfig, group: _Group) -> dict[str, Any]:
-    said = {"use_rslora": config.rslora, "use_dora": config.dora, "adapter_dtype": "float32" if group.wide else None}
-    return {key: value for key, value in said.items() if value}
+    said = {"use_rslora": config.rslora, "use_dora": config.dora, "init": config.start}
+    return {key: value for key, value in (said | {"adapter_dtype": "float32" if group.wide else None}).items() if value}
 
 
-def _needs_more(update: Factors, dtype: torch.dtype) -> bool:
-    """Whether a weight's dtype cannot hold every number of an update."""
+def _needs_more(update: Factors, dtype: torch.dtype, config: PeftConfig) -> bool:
+    """Whether a weight's dtype cannot hold every number of an update, or what the update counts from."""
     tensors = [update.A, update.B] if update.magnitude is None else [update.A, update.B, update.magnitude]
-    return any(torch.promote_types(tensor.dtype, dtype) != dtype for tensor in tensors)
+    dtypes = [torch.float32] if config.start else [tensor.dtype for tensor in tensors]
+    return any(torch.promote_types(other, dtype) != dtype for other in dtypes)
 
 
 def _patterns(names: list[str], others: list[str]) -> list[str]:
     """Patterns that choose these names and none of the others: one for all layers of a stack where that is so."""
     stacks: dict[str, list[str]] = {}
     for name in names:
-        stacks.setdefault(".".join("*" if part.isdigit() else _literal(part) for part in name.split(".")), []).append(name)
+        stacks.setdefault(".".join("*" if part.isdigit() else literal_pattern(part) for part in name.split(".")), []).append(name)
     patterns: list[str] = []
     for pattern, members in stacks.items():
         # a pattern also chooses what lies inside of what it matches
         is_exact = len(members) > 1 and not any(fnmatchcase(other, pattern) or fnmatchcase(other, f"{pattern}.*") for other in others)
-        patterns += [pattern] if is_exact else map(_literal, members)
+        patterns += [pattern] if is_exact else map(literal_pattern, members)
     return patterns
-
-
-def _literal(name: str) -> str:
-    """A pattern that matches this very name: nothing in it is a wildcard or the kind of a pattern."""
-    return "".join(f"[{character}]" if character in "*?[:" else character for character in name)
 
 
 def _generators_kept() -> AbstractContextManager[None]:

@@ -69,6 +69,15 @@ def refusal(module: nn.Module) -> str | None:
     return _conv_refusal(module) if isinstance(module, _CONVOLUTIONS) else None
 
 
+def start_refusal(module: nn.Module, start: str, is_tied: bool) -> str | None:
+    """Why a layer cannot have a start that takes something from the base weight; None where PEFT has it, and it is ours, too."""
+    if not isinstance(module, nn.Linear) and not (start == "pissa" and is_transformers_conv1d(module)):
+        return f"PEFT has no start {start!r} for a {_original_class(module).__name__}"
+    if is_tied:
+        return f"its weight is another layer's too, which PEFT's start {start!r} would change: save the adapter as a plain one"
+    return None
+
+
 def to_peft(module: nn.Module | None, factors: Factors) -> dict[str, Tensor]:
     """PEFT's tensors of a layer by key.
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from gift_core import AdapterInfo, Reparameterization, disable_fine_tuning, load_adapter, read_adapter_info, save_adapter
 from gift_core.errors import AdapterFileError, AdapterFormatError, AdapterMismatchError, StateError
-from gift_lora_plugin.lora import LoRA, scaling_of
+from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.peft_layers import Factors, is_fan_in_fan_out, refusal
+from gift_lora_plugin.settings import scaling_of
 
 #: What LoRA registers on a layer.
 _OWN = ("lora_A", "lora_B", "lora_magnitude", "lora_A_init", "lora_B_init")

@@ -30,6 +30,12 @@ _LINEAR = (nn.Linear,)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+#: Layers whose own forward reads the weight, where no dropout can be put into it.
+_WITHOUT_DROPOUT = (
+    *("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Bilinear"),
+    *("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"),
+)
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class _LoRAStrategy(FineTuningStrategy):
@@ -69,9 +75,15 @@ class _LoRAStrategy(FineTuningStrategy):
         variant: dict[str, Any] = {"rslora": use_rslora, "dora": use_dora, "init": init, "freeze_A": freeze_A, "dtype": adapter_dtype}
         params |= {key: value for key, value in variant.items() if value not in (False, None, "kaiming")}
         super().__init__(module_caps=[(kinds & self._where, action, params)])
-        if targets is not None or exclude is not None:
+        self.capabilities = dataclasses.replace(
+            self.capabilities,
+            adapter_dtype=adapter_dtype,
+            random_in_training=any((lora_dropout, *(dropout_pattern or {}).values())),
+            **_layers_with(self.capabilities.layers, lora_dropout),
+        )
+        if any(patterns is not None for patterns in (targets, exclude, dropout_pattern)):
             # what patterns leave of these kinds depends on the model
-            self.capabilities = dataclasses.replace(self.capabilities, layers=())
+            self.capabilities = dataclasses.replace(self.capabilities, layers=(), refuses=())
 
 
 class LoRAAllFineTuningStrategy(_LoRAStrategy):
@@ -118,7 +130,8 @@ class LoRAAllFineTuningStrategy(_LoRAStrategy):
             "Linear",
             *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
             *("Bilinear", "MultiheadAttention", "LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "Conv1D"),
-        )
+        ),
+        dtypes=_DTYPES,
     )
     _types = (*_LINEAR, *_CONVOLUTIONS, nn.Bilinear)
     _types_when_named = _EMBEDDINGS
@@ -152,6 +165,10 @@ class LoRAAllFineTuningStrategy(_LoRAStrategy):
         check: Any
         check, action, shared = self.module_caps[0]
         params = dict(shared)
+        if set(attention) == {"out"}:
+            # which is a Linear layer inside of it
+            layers = tuple(name for name in self.capabilities.layers if name != "MultiheadAttention")
+            self.capabilities = dataclasses.replace(self.capabilities, layers=layers)
         if "out" not in attention:
             self.module_caps = Caps([(check & _is_no_output_projection, action, params)])
         weights: list[tuple[Any, ...]] = [
@@ -162,6 +179,8 @@ class LoRAAllFineTuningStrategy(_LoRAStrategy):
             # first, because what is named alone may be an attention's weight, to be read as one matrix
             raw = selects(parameters, exclude) & self._mentioned
             weights.insert(0, (raw, action, params | {"parameter_layout": parameter_layout}))
+            refuses = (*self.capabilities.refuses, "Parameter") if self.capabilities.refuses else ()
+            self.capabilities = dataclasses.replace(self.capabilities, layers=(), refuses=refuses)
         biases = [(_IsBiasOf(tuple(check for check, *_ in weights)), keep_trainable())] if train_bias else []
         self.para_caps = Caps([*weights, *biases])
 
@@ -170,7 +189,7 @@ class LoRALinearFineTuningStrategy(_LoRAStrategy):
     """LoRA on every Linear layer and transformers' Conv1D; takes what `LoRAAllFineTuningStrategy` takes, up to ``dropout_pattern``."""
 
     name = "lora-linear"
-    capabilities = Capabilities(layers=("Linear", "Conv1D"))
+    capabilities = Capabilities(layers=("Linear", "Conv1D"), dtypes=_DTYPES)
     _types = _LINEAR
     _adapts_conv1d = True
 
@@ -179,8 +198,13 @@ class LoRAConvFineTuningStrategy(_LoRAStrategy):
     """LoRA on every convolution, transposed or not; takes what `LoRAAllFineTuningStrategy` takes, up to ``dropout_pattern``."""
 
     name = "lora-conv"
-    capabilities = Capabilities(layers=tuple(kind.__name__ for kind in _CONVOLUTIONS))
+    capabilities = Capabilities(layers=tuple(kind.__name__ for kind in _CONVOLUTIONS), dtypes=_DTYPES)
     _types = _CONVOLUTIONS
+
+
+def _layers_with(layers: tuple[str, ...], dropout: float) -> dict[str, Any]:
+    refused = tuple(name for name in layers if dropout and name in _WITHOUT_DROPOUT)
+    return {"layers": tuple(name for name in layers if name not in refused), "refuses": refused}
 
 
 def _is_attention_weight(attention: Sequence[str]) -> Check:
