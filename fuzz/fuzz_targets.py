@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def entry_points(data: bytes) -> None:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_bytes(metadata or b"Metadata-Version: 2.1\nName: fuzzed\nVersion: 1.0\n")
     (info / "entry_points.txt").write_bytes(entries)
+    os.utime(site)  # else what was read of it before would be taken
     with _only_on_the_path(site):
         for group in NOUNS:
             found = discover(group)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from gift_core import __version__
-from gift_core.adapter_format import AdapterInfo, Description, base_digest, decode, encode, sha256
+from gift_core.adapter_format import AdapterInfo, Description, Payload, base_digest, decode, encode, sha256_of_each
 from gift_core.allocation import AllocationLimit
 from gift_core.atomic import atomic_path
-from gift_core.distributed import is_sharded, is_writer, together, whole, write_whole
+from gift_core.distributed import any_sharded, is_sharded, is_writer, together, whole, write_whole
 from gift_core.errors import (
     AdapterFileError,
     AdapterMismatchError,
     GiftError,
     PluginError,
+    StateError,
     StrategyError,
     UnknownStrategyError,
+    printable,
 )
 from gift_core.plugins import find_provider
 from gift_core.record import Tuning, adopted_modules, find_tuning, named_tensors, structure_digest, tuned_root, tuning_of
@@ -38,8 +40,8 @@ from gift_core.state_dict import moved_buffers
 from gift_core.strategy import FineTuningStrategy, strategy_from_config
 from gift_core.tuning import disable_fine_tuning, enable_fine_tuning
 
-#: So many bytes of tensors are looked at in one step: what fits into a cache.
-_STRETCH = 2**22
+#: So many bytes of tensors are looked at in one step: what fits into a processor's cache.
+_STRETCH = 2**19
 
 
 def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo:
@@ -56,7 +58,7 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
         What the file says of itself.
 
     Raises:
-        StateError: if the model is not tuned.
+        StateError: if the model is not tuned, or a layer that was tuned is no longer in it.
         AdapterFileError: if a trained tensor holds NaN; the message names it.
         AdapterWriteError: if the file cannot be written; what was there is intact.
     """
@@ -64,14 +66,13 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
     target = Path(path)
     own = _own_tensors(root)
     with together(own.values(), "save the adapter"):
-        tensors = _adapter_tensors(tuning_of(root), own)
-        if broken := _with_nan(tensors):
+        payload = Payload.of(_adapter_tensors(tuning_of(root), own))
+        if broken := _with_nan(payload, payload.tensors):
             raise AdapterFileError(f"not saved: NaN in {', '.join(broken[:5])}. Load an earlier adapter, or train with a smaller step.")
-        info, start, payload = encode(_describe(root), tensors)
+        info, start = encode(_describe(root), payload)
         if is_writer(own.values()):
             with atomic_path(target) as temporary, open(temporary, "wb") as file:
-                file.write(start)
-                file.write(payload.numpy().data)
+                file.writelines([start, *payload.parts()])
     return info
 
 
@@ -105,14 +106,15 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
         PatternError: if the recorded strategy has a regular expression, and the file is not trusted.
         PluginError: if the strategy's plugin is not installed or cannot be used.
     """
-    info, tensors = decode(path)
+    info, payload = decode(path)
     plain = isinstance(module, nn.Module) and not any(find_tuning(child) for child in module.modules())
     if not plain:
-        _load_into(tuned_root(module), info, tensors, check_base, str(path))
+        _load_into(tuned_root(module), info, payload, check_base, str(path))
         return info
     if info.strategy is None:
         raise AdapterMismatchError(
-            f"{path} was made with a strategy that has no registered name ({info.strategy_text}): enable that strategy, then load."
+            f"{path} was made with a strategy that has no registered name ({printable(info.strategy_text)}): "
+            "enable that strategy, then load."
         )
     if structure_digest(module) != info.structure:
         raise AdapterMismatchError(
@@ -122,7 +124,7 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
     with _generators_kept(), contextlib.nullcontext() if trusted else _distrust(info):
         enable_fine_tuning(module, _strategy(info))
     try:
-        _load_into(module, info, tensors, check_base, str(path))
+        _load_into(module, info, payload, check_base, str(path))
     except BaseException:
         disable_fine_tuning(module)
         raise
@@ -135,7 +137,7 @@ def _strategy(info: AdapterInfo) -> FineTuningStrategy:
         return strategy_from_config(info.strategy)
     except UnknownStrategyError as error:
         source = info.provider or {}
-        distribution, version = source.get("distribution"), source.get("version")
+        distribution, version = (printable(source.get(key) or "") for key in ("distribution", "version"))
         if not distribution or error.name != info.strategy["name"]:
             raise
         message = f"the adapter was made with strategy {error.name!r} of {distribution} {version}, which is not installed."
@@ -147,7 +149,7 @@ def _strategy(info: AdapterInfo) -> FineTuningStrategy:
 @contextlib.contextmanager
 def _distrust(info: AdapterInfo) -> Iterator[None]:
     """Let the strategy that a file records cost no more than the file does."""
-    advice = "If the file is your own, load it with trusted=True; or enable the strategy yourself, then load."
+    advice = "If the file is your own, load it with trusted=True (gift merge --trusted); or enable the strategy yourself, then load."
     numbers = sum(math.prod(tensor["shape"]) for tensor in info.tensors.values())
     try:
         with no_regular_expressions(advice), AllocationLimit(numbers, advice):
@@ -175,29 +177,28 @@ def tensor_digest(tensor: Tensor) -> str:
 def _digests(tensors: list[Tensor]) -> list[str]:
     """`tensor_digest` of each of several whole tensors of one shape, dtype and device, in a few steps for all."""
     like = tensors[0]
-    values = torch.stack(tensors)
+    values = torch.stack(tensors) if len(tensors) > 1 else like.resolve_conj().resolve_neg()[None]
     if values.is_complex():
         values = torch.view_as_real(values)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     rows = values.shape[1] if values.dim() > 1 else 1
-    bits = values.view(integer).reshape(len(tensors), rows, math.prod(values.shape[2:]))
-    sums = torch.cat([bits.sum(1, dtype=torch.int64), bits.sum(2, dtype=torch.int64)], 1).cpu().numpy()
-    said = f"{like.dtype}{list(like.shape)}".encode()
-    return [sha256(said, row.tobytes()) for row in sums]
+    sums = _sums(values.reshape(len(tensors), rows, math.prod(values.shape[2:])).view(integer)).cpu().numpy()
+    return sha256_of_each(f"{like.dtype}{list(like.shape)}".encode(), [row.tobytes() for row in sums])
 
 
-def _stretches(tensors: Iterable[tuple[str, Tensor]], kind: Callable[[Tensor], Any]) -> Iterator[dict[str, Tensor]]:
-    """Tensors of one kind together, as many as `_STRETCH` bounds, at least one."""
-    held: dict[Any, dict[str, Tensor]] = {}
-    sizes: dict[Any, int] = {}
-    for key, tensor in tensors:
-        which = kind(tensor)
-        held.setdefault(which, {})[key] = tensor
-        sizes[which] = sizes.get(which, 0) + tensor.nbytes
-        if sizes[which] >= _STRETCH:
-            sizes[which] = 0
-            yield held.pop(which)
-    yield from held.values()
+def _sums(bits: Tensor) -> Tensor:
+    """Sums of every matrix along its columns, then along its rows; a part at a time, so that it is read from memory once."""
+    rows_at_once = max(1, _stretch_on(bits.device) // max(1, bits[:, :1].nbytes))
+    down, across = bits.new_zeros((bits.shape[0], bits.shape[2]), dtype=torch.int64), []
+    for part in bits.split(rows_at_once, 1):
+        words = part.to(torch.int64)  # once for both sums, which would each do it
+        down += words.sum(1)
+        across.append(words.sum(2))
+    return torch.cat([down, *across], 1)
+
+
+def _stretch_on(device: torch.device) -> int:
+    return _STRETCH if device.type == "cpu" else 256 * _STRETCH  # elsewhere a step costs more than what it reads
 
 
 # --- what a model says
@@ -208,10 +209,17 @@ def _own_tensors(root: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapter_tensors(tuning: Tuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if gone := sorted({*tuning.trained, *tuning.adapter} - own.keys()):
+        raise StateError(
+            f"not saved: {', '.join(gone[:5])} left the model, because a layer was taken out or replaced after tuning: put it back, or "
+            "disable_fine_tuning(model), replace it and tune anew."
+        )
     tensors = _required_tensors(tuning, own)
     for key in sorted(moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}):
         tensors[key] = own[key]
-    return {key: whole(tensor.detach()).cpu() for key, tensor in tensors.items()}
+    return {
+        key: tensor if tensor.is_cpu and not is_sharded(tensor) else whole(tensor.detach()).cpu() for key, tensor in tensors.items()
+    }
 
 
 def _required_tensors(tuning: Tuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -259,57 +267,69 @@ def _provider(config: Mapping[str, Any] | None) -> dict[str, str | None] | None:
 
 
 def _sites(root: nn.Module) -> dict[str, dict[str, str]]:
-    return {name: {weight: method_name(method) for weight, method in adoptions_of(module)} for name, module in adopted_modules(root)}
+    adopted = {name: adoptions_of(module) for name, module in adopted_modules(root)}
+    said = {adoptions: {weight: method_name(method) for weight, method in adoptions} for adoptions in set(adopted.values())}
+    return {name: said[adoptions].copy() for name, adoptions in adopted.items()}
 
 
 def _base_digests(root: nn.Module) -> dict[str, str]:
-    weights = (
-        (f"{name}.{weight}" if name else weight, whole(module._parameters[weight].detach()))  # type: ignore[union-attr]
-        for name, module in adopted_modules(root)
-        for weight, _ in adoptions_of(module)
-    )
-    found: dict[str, str] = {}
-    for stretch in _stretches(weights, lambda tensor: (tensor.shape, tensor.dtype, tensor.device)):
-        found.update(zip(stretch, _digests(list(stretch.values())), strict=True))
-    return found
+    alike: dict[Any, dict[str, Tensor]] = {}
+    for name, module in adopted_modules(root):
+        for weight, _ in adoptions_of(module):
+            tensor = module._parameters[weight]
+            assert tensor is not None  # adoption checked it
+            alike.setdefault((tensor.shape, tensor.dtype, tensor.device), {})[f"{name}.{weight}" if name else weight] = tensor
+    return {key: digest for tensors in alike.values() for key, digest in _digests_by_key(tensors)}
 
 
-def _with_nan(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Keys of the tensors that hold NaN."""
-    numbers = ((key, tensor) for key, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex())
-    return [
-        key
-        for stretch in _stretches(numbers, lambda tensor: tensor.dtype)
-        if torch.isnan(torch.cat([tensor.reshape(-1) for tensor in stretch.values()])).any()
-        for key, tensor in stretch.items()
-        if torch.isnan(tensor).any()
-    ]
+def _digests_by_key(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Of tensors of one shape, dtype and device; as many in one step as `_STRETCH` bounds, at least one."""
+    items = list(tensors.items())
+    step = max(1, _stretch_on(items[0][1].device) // max(1, items[0][1].nbytes))
+    for start in range(0, len(items), step):
+        keys, values = zip(*items[start : start + step], strict=True)
+        with torch.no_grad():
+            digests = _digests([whole(value) for value in values])
+        yield from zip(keys, digests, strict=True)
+
+
+def _with_nan(payload: Payload, keys: Iterable[str]) -> list[str]:
+    """Which of the tensors hold NaN; one look at all numbers says whether any does."""
+    return [key for key in keys if _has_nan(payload.tensors[key])] if any(map(_has_nan, payload.stretches)) else []
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    numbers = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return bool(torch.aminmax(numbers).max.isnan())  # NaN if any is; takes a tenth of the time of looking at each
 
 
 # --- fitting a file to a model
 
 
-def _load_into(root: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool, path: str) -> None:
-    tuning, own = tuning_of(root), _own_tensors(root)
+def _load_into(root: nn.Module, info: AdapterInfo, payload: Payload, check_base: bool, path: str) -> None:
+    tuning, own, tensors = tuning_of(root), _own_tensors(root), payload.tensors
     with together(own.values(), "load the adapter"):
-        problems = _mismatches(root, own, info, tensors, check_base)
+        problems = _mismatches(root, own, info, payload, check_base)
         if problems:
-            raise AdapterMismatchError(f"{path} does not fit this model; nothing was loaded.\n  " + "\n  ".join(problems))
+            raise AdapterMismatchError(
+                f"{path} does not fit this model; nothing was loaded.\n  " + "\n  ".join(map(printable, problems))
+            )
     originals = {original.full_name: original for original in tuning.originals if original.is_buffer}
+    sharded = {key for key in tensors if is_sharded(own[key])} if any_sharded(own.values()) else set()
     with torch.no_grad():
-        if here := [key for key in tensors if not is_sharded(own[key])]:
+        if here := [key for key in tensors if key not in sharded]:
             torch._foreach_copy_([own[key] for key in here], [tensors[key] for key in here])
-        for key in sorted(tensors.keys() - set(here)):  # the processes of a sharded model must take them in one order
+        for key in sorted(sharded):  # the processes of a sharded model must take them in one order
             write_whole(own[key], tensors[key])
         for key, original in originals.items():
             if key not in tensors and (buffer := original.current()) is not None:
                 buffer.copy_(original.value)  # absent from the file: the base's own
 
 
-def _mismatches(
-    root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, tensors: Mapping[str, Tensor], check_base: bool
-) -> list[str]:
-    tuning = tuning_of(root)
+def _mismatches(root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, payload: Payload, check_base: bool) -> list[str]:
+    tuning, tensors = tuning_of(root), payload.tensors
     problems = [] if tuning.structure == info.structure else ["the base model has other names or shapes"]
     if tuning.config != info.strategy:
         problems += _config_differences(tuning.config, _as_read_today(info.strategy))
@@ -317,16 +337,16 @@ def _mismatches(
         only = [sorted(set(a) - set(b)) for a, b in ((info.sites, sites), (sites, info.sites))]
         problems.append(f"other sites are adapted: in the file alone {only[0] or 'none'}, in the model alone {only[1] or 'none'}")
     required = set(_required_tensors(tuning, own))
-    allowed = required | {*tuning.statistics, *tuning.buffers}
+    allowed = required | ({*tuning.statistics, *tuning.buffers} & own.keys())
     problems += [f"missing: {key}" for key in sorted(required - tensors.keys())]
     problems += [f"unexpected: {key}" for key in sorted(tensors.keys() - allowed)]
-    shared = sorted(tensors.keys() & allowed)
+    shared = [key for key in tensors if key in allowed]
     problems += [
         f"{key} is {tuple(tensors[key].shape)} in the file, {tuple(own[key].shape)} in the model"
         for key in shared
         if tensors[key].shape != own[key].shape
     ]
-    problems += [f"{key} holds NaN" for key in _with_nan({key: tensors[key] for key in shared})]
+    problems += [f"{key} holds NaN" for key in _with_nan(payload, shared)]
     return problems + (_other_base(_base_digests(root), info) if check_base and not problems else [])
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load as _tensors_of_v1
 from torch import Tensor
 
-from gift_core.errors import AdapterFileError, AdapterNotFoundError
+from gift_core.errors import AdapterFileError, AdapterNotFoundError, printable
 
 FORMAT = "gift-adapter"
 FORMAT_VERSION = 2
@@ -51,6 +50,7 @@ _DTYPES = {
     if hasattr(torch, attribute)
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_TORCH_NAMES = {name: str(dtype).removeprefix("torch.") for dtype, name in _NAMES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,60 +100,87 @@ class Description:
     base: dict[str, str]
 
 
-def encode(description: Description, tensors: Mapping[str, Tensor]) -> tuple[AdapterInfo, bytes, Tensor]:
-    """An adapter as a file: what it says of itself, its first part, and the tensors' bytes, which follow.
+@dataclasses.dataclass(frozen=True)
+class Payload:
+    """Tensors, and the memory in which they lie one after another, as a file holds them.
 
-    Args:
-        description: what to say.
-        tensors: whole tensors on the CPU.
+    Attributes:
+        tensors: by key, in the order of a file.
+        stretches: their numbers, as flat tensors of one dtype each, in that order.
+    """
+
+    tensors: Mapping[str, Tensor]
+    stretches: list[Tensor]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Payload:
+        """Copy whole tensors on the CPU into the order of a file."""
+        groups: dict[torch.dtype, list[str]] = {}
+        for key in sorted(tensors):
+            groups.setdefault(tensors[key].dtype, []).append(key)
+        # the largest numbers first, so that each tensor lies where its dtype may be read
+        order = sorted(groups, key=lambda dtype: (-dtype.itemsize, str(dtype)))
+        with torch.no_grad():
+            stretches = [torch.cat([tensors[key].ravel() for key in groups[dtype]]) for dtype in order]
+        return cls({key: tensors[key] for dtype in order for key in groups[dtype]}, stretches)
+
+    def parts(self) -> list[memoryview]:
+        """The bytes, without a copy."""
+        return [stretch.view(torch.uint8).numpy().data for stretch in self.stretches]
+
+
+def encode(description: Description, payload: Payload) -> tuple[AdapterInfo, bytes]:
+    """An adapter as a file: what it says of itself, and its first part, which the parts of the payload follow.
 
     Raises:
         AdapterFileError: if a tensor's dtype or key has no place in a safetensors file.
     """
-    # the largest numbers first, so that each tensor lies where its dtype may be read
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), str(tensors[key].dtype), key))
-    payload = torch.cat([torch.empty(0, dtype=torch.uint8), *(tensors[key].reshape(-1).view(torch.uint8) for key in order)])
+    entries, parts = _entries(payload.tensors), payload.parts()
+    digest_of_base = base_digest(description.base)
     written = vars(description) | {
         "format_version": FORMAT_VERSION,
         "sites": _grouped(description.sites),
         "base": "".join(description.base[key][:TAG] for key in _weights(description.sites)),
-        "base_digest": base_digest(description.base),
+        "base_digest": digest_of_base,
     }
     blank = "0" * (_DIGEST.stop - _DIGEST.start)
     metadata = {"digest": blank, "format": "pt", FORMAT: _compact(written)}
-    header = _compact({"__metadata__": metadata, **_entries(order, tensors)}).encode()
+    header = _compact({"__metadata__": metadata, **entries}).encode()
     header += b" " * (-len(header) % 8)
     start = len(header).to_bytes(8, "little") + header
-    digest = _digest_of(start, payload.numpy().data)
+    digest = _digest_of(start, *parts)
     start = start[: _DIGEST.start] + digest.encode() + start[_DIGEST.stop :]
-    return _info(written, digest, tensors, len(start) + payload.numel()), start, payload
+    said = vars(description) | {"base": {key: value[:TAG] for key, value in description.base.items()}, "base_digest": digest_of_base}
+    size = len(start) + sum(map(len, parts))
+    return AdapterInfo(**said, tensors=_listed(entries), digest=digest, file_bytes=size), start
 
 
-def decode(path: str | os.PathLike[str]) -> tuple[AdapterInfo, dict[str, Tensor]]:
+def decode(path: str | os.PathLike[str]) -> tuple[AdapterInfo, Payload]:
     """Read an adapter file of any version: what it says of itself, and its tensors.
 
     Raises:
         AdapterFileError: if there is none, or it is truncated, corrupted, no adapter or of an unknown format version.
     """
     file = Path(path)
-    data = _bytes_of(file)
+    memory = _memory_of(file)
+    data = memory.numpy().data
     length = _header_length(data, file)
     if data[8 : _DIGEST.start] != _START:
-        return _decode_v1(data, length, file)
-    digest = data[_DIGEST].decode(errors="replace")
+        return _decode_v1(bytes(data), length, file)
+    digest = bytes(data[_DIGEST]).decode(errors="replace")
     if _digest_of(data) != digest:
         raise AdapterFileError(f"{file} is corrupted: its content does not give the digest written in it. Get a fresh copy.")
-    header = _json(data[8 : 8 + length], file)
+    header = _json(bytes(data[8 : 8 + length]), file)
     metadata = header.pop("__metadata__")
     if metadata != {"digest": digest, "format": "pt", FORMAT: metadata.get(FORMAT)}:
         raise AdapterFileError(f"{file} is corrupted: its metadata is not as save_adapter writes it. Get a fresh copy.")
     described = _json(metadata[FORMAT], file)
     _check_description(described, file, FORMAT_VERSION, {"sites": list, "base": str, "base_digest": str})
     try:
-        tensors = _placed(header, data[8 + length :])
-        return _info(described, digest, tensors, len(data)), tensors
+        payload = _placed(header, memory[8 + length :])
+        return _info(described, digest, _listed(header), len(data)), payload
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise AdapterFileError(f"{file} is not as save_adapter writes it ({error}): get a fresh copy.") from error
+        raise AdapterFileError(f"{file} is not as save_adapter writes it ({printable(error)}): get a fresh copy.") from error
 
 
 def base_digest(base: Mapping[str, str]) -> str:
@@ -165,9 +192,19 @@ def sha256(*parts: bytes) -> str:
     """The SHA-256 of several parts, each told apart from the next by its length."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(_length(part))
         digest.update(part)
     return digest.hexdigest()
+
+
+def sha256_of_each(first: bytes, others: Iterable[bytes]) -> list[str]:
+    """`sha256` of two parts, for each second part."""
+    start = _length(first) + first
+    return [hashlib.sha256(b"".join((start, _length(other), other))).hexdigest() for other in others]
+
+
+def _length(part: bytes) -> bytes:
+    return len(part).to_bytes(8, "little")
 
 
 # --- version 2
@@ -185,44 +222,55 @@ def _digest_of(*parts: bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def _entries(order: list[str], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _entries(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     at = 0
-    for key in order:
-        tensor = tensors[key]
+    for key, tensor in tensors.items():
         if tensor.dtype not in _NAMES or key == "__metadata__":
             raise AdapterFileError(f"not saved: a safetensors file has no place for {key!r} ({tensor.dtype}).")
-        found[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at := at + tensor.nbytes]}
+        end = at + tensor.numel() * tensor.dtype.itemsize
+        found[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
     return found
 
 
-def _placed(entries: Mapping[str, Any], payload: bytes) -> dict[str, Tensor]:
-    """The tensors of a payload: one after another, without gap or overlap, to its last byte."""
-    raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
+def _listed(entries: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {key: {"shape": entry["shape"], "dtype": _TORCH_NAMES[entry["dtype"]]} for key, entry in entries.items()}
+
+
+def _placed(entries: Mapping[str, Any], memory: Tensor) -> Payload:
+    """The tensors of a file's memory behind its header: one after another, without gap or overlap, to its last byte."""
+    if memory.storage_offset() % 8:
+        memory = memory.clone()  # where numbers of every dtype may be read
     tensors: dict[str, Tensor] = {}
+    stretches: list[Tensor] = []
     at = 0
     for dtype, group in itertools.groupby(entries.items(), key=lambda item: _DTYPES[item[1]["dtype"]]):
-        keys, shapes = zip(*((key, entry["shape"]) for key, entry in group), strict=True)
-        counts = [_count(shape) for shape in shapes]
-        for key, count in zip(keys, counts, strict=True):
-            if entries[key]["data_offsets"] != [at, at := at + count * dtype.itemsize] or set(entries[key]) != _ENTRY:
+        counts, start = {}, at
+        for key, entry in group:
+            counts[key] = _count(entry["shape"])
+            if entry["data_offsets"] != [at, at := at + counts[key] * dtype.itemsize] or entry.keys() != _ENTRY:
                 raise ValueError("its tensors lie elsewhere than it says")
-        if at > len(payload):
+        if at > len(memory):
             raise ValueError("its tensors end behind its end")
-        stretch = raw[at - sum(counts) * dtype.itemsize : at].view(dtype)
-        tensors.update((key, part.view(shape)) for key, part, shape in zip(keys, stretch.split(counts), shapes, strict=True))
-    if at != len(payload):
+        stretches.append(memory[start:at].view(dtype))
+        parts = zip(counts, stretches[-1].split(list(counts.values())), strict=True)
+        tensors.update({key: torch.reshape(part, entries[key]["shape"]) for key, part in parts})
+    if at != len(memory):
         raise ValueError("it goes on behind its tensors")
-    return tensors
+    return Payload(tensors, stretches)
 
 
 _ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 def _count(shape: Any) -> int:
-    if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
-        raise ValueError("a shape is a list of numbers from 0 up")
-    return math.prod(shape)
+    count = 1
+    for side in shape if type(shape) is list else [None]:
+        if type(side) is not int or side < 0:
+            raise ValueError("a shape is a list of numbers from 0 up")
+        count *= side
+    return count
 
 
 def _weights(sites: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
@@ -242,40 +290,37 @@ def _ungrouped(groups: Iterable[Any]) -> dict[str, dict[str, str]]:
     sites: dict[str, dict[str, str]] = {}
     for method, weight, names in groups:
         for site in names:
-            if not all(isinstance(text, str) for text in (site, method)) or weight in sites.get(site, ()):
+            if not isinstance(site, str) or not isinstance(method, str) or weight in (adapted := sites.setdefault(site, {})):
                 raise ValueError("its sites are no names, or occur twice")
-            sites.setdefault(site, {})[weight] = method
+            adapted[weight] = method
     return sites
 
 
-def _info(written: Mapping[str, Any], digest: str, tensors: Mapping[str, Tensor], file_bytes: int) -> AdapterInfo:
+def _info(written: Mapping[str, Any], digest: str, tensors: dict[str, dict[str, Any]], file_bytes: int) -> AdapterInfo:
     sites, tags = _ungrouped(written["sites"]), written["base"]
     listed = [f"{site}.{weight}" if site else weight for _, weight, names in written["sites"] for site in names]
     if len(tags) != TAG * len(listed):
         raise ValueError("it has not one digest per adapted weight")
     base = {key: tags[TAG * place : TAG * (place + 1)] for place, key in enumerate(listed)}
     same = {key: written[key] for key in ("strategy", "strategy_text", "provider", "core_version", "structure", "base_digest")}
-    shown = {key: {"shape": list(tensor.shape), "dtype": _dtype(tensor)} for key, tensor in tensors.items()}
-    return AdapterInfo(**same, sites=sites, base=base, tensors=shown, digest=digest, file_bytes=file_bytes)
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return AdapterInfo(**same, sites=sites, base=base, tensors=tensors, digest=digest, file_bytes=file_bytes)
 
 
 # --- what is read of every version
 
 
-def _bytes_of(file: Path) -> bytes:
+def _memory_of(file: Path) -> Tensor:
     try:
-        return file.read_bytes()
+        with open(file, "rb") as handle:
+            memory = torch.empty(os.fstat(handle.fileno()).st_size, dtype=torch.uint8)
+            return memory[: handle.readinto(memory.numpy().data)]
     except FileNotFoundError as error:
         raise AdapterNotFoundError(f"there is no adapter file at {file}: check the path.") from error
-    except (OSError, ValueError) as error:  # a ValueError is about a path that cannot be one
+    except (OSError, ValueError, RuntimeError) as error:  # a path that cannot be one, a file larger than the memory
         raise AdapterFileError(f"{file} cannot be read: {error}.") from error
 
 
-def _header_length(data: bytes, file: Path) -> int:
+def _header_length(data: memoryview, file: Path) -> int:
     if len(data) < 8 or not 2 <= (length := int.from_bytes(data[:8], "little")) <= len(data) - 8:
         raise AdapterFileError(f"{file} is truncated or no safetensors file ({len(data)} bytes): get a fresh copy.")
     if length > MAX_DESCRIPTION_BYTES:
@@ -291,9 +336,10 @@ def _json(text: Any, file: Path) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
         raise ValueError("a key occurs twice")
-    return dict(pairs)
+    return found
 
 
 def _check_description(described: Any, file: Path, version: int, further: Mapping[str, type]) -> None:
@@ -318,19 +364,20 @@ def _check_description(described: Any, file: Path, version: int, further: Mappin
 # --- version 1
 
 
-def _decode_v1(data: bytes, length: int, file: Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
+def _decode_v1(data: bytes, length: int, file: Path) -> tuple[AdapterInfo, Payload]:
     try:
         described, tensors = _description_v1(data[8 : 8 + length], file), _tensors_of_v1(data)
     except (safetensors.SafetensorError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{file} is truncated or no safetensors file ({error}): get a fresh copy.") from error
+        raise AdapterFileError(f"{file} is truncated or no safetensors file ({printable(error)}): get a fresh copy.") from error
     _check_description(described, file, 1, {"sites": dict, "base": dict, "tensors": dict, "digest": str})
     if _digest_v1(described, tensors) != described["digest"]:
         raise AdapterFileError(f"{file} is corrupted: its content does not give the digest written in it. Get a fresh copy.")
-    listed = {key: {"shape": list(tensor.shape), "dtype": _dtype(tensor)} for key, tensor in tensors.items()}
+    listed = {key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for key, tensor in tensors.items()}
     if listed != described["tensors"]:
         raise AdapterFileError(f"{file} is corrupted: its tensors are not those that its description lists.")
     kept = {key: described[key] for key in (field.name for field in dataclasses.fields(AdapterInfo)) if key in described}
-    return AdapterInfo(**kept | {"base_digest": None, "file_bytes": len(data)}), tensors
+    info = AdapterInfo(**kept | {"base_digest": None, "file_bytes": len(data)})
+    return info, Payload(tensors, [tensor.reshape(-1) for tensor in tensors.values()])
 
 
 def _description_v1(text: bytes, file: Path) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from gift_core.adapter_file import load_adapter, save_adapter
 from gift_core.adapter_format import AdapterInfo
 from gift_core.distributed import is_sharded
-from gift_core.errors import AdapterNameError, AdapterNotFoundError, GiftError, ModelError, StateError
+from gift_core.errors import AdapterNameError, AdapterNotFoundError, AdapterWriteError, GiftError, ModelError, StateError
 from gift_core.info import Report, table_info
 from gift_core.record import Tuning, find_tuning, tuned_root, tuning_of
 from gift_core.strategy import FineTuningStrategy, as_strategy, strategy_from_config
 from gift_core.switching import Arrangement, Surveyor, switch
-from gift_core.tuning import disable_fine_tuning, enable_fine_tuning
+from gift_core.tuning import TrainableParameters, disable_fine_tuning, enable_fine_tuning
 
 #: What an adapter may be called: it becomes the name of a file.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -124,19 +124,25 @@ class AdapterSet:
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters that train in an adapter, in use or not, in the model's order; its own, and always the same objects.
 
+        They are what ``model.parameters()`` gives while the adapter is in use.
+
         Raises:
             AdapterNameError: if there is no such adapter.
-            StateError: as in `use`, if another one is in use.
+            StateError: as in `use`, if another one is in use; and within `tuning_disabled`.
         """
         with self._lock:
             if self._find(name) is self._active:
-                return [parameter for parameter in nn.Module.parameters(self._model) if parameter.requires_grad]
+                if tuning_of(self._model).paused:
+                    self._refuse_state()
+                return list(TrainableParameters(self._model)())
             with self.using(name):
                 return self.parameters(name)
 
     # --- what one does
 
-    def add(self, name: str, source: FineTuningStrategy | str | os.PathLike[str], *, check_base: bool = True) -> Report:
+    def add(
+        self, name: str, source: FineTuningStrategy | str | os.PathLike[str], *, check_base: bool = True, trusted: bool = False
+    ) -> Report:
         """Add an adapter, all or nothing; what is in use stays in use.
 
         Args:
@@ -144,6 +150,7 @@ class AdapterSet:
             source: a strategy or the name of a registered one, for a new adapter, which starts as `enable_fine_tuning` starts it; or a
                 path of an adapter file (a `pathlib.Path`, or text that ends in ``.safetensors`` or has a folder in it).
             check_base: as in `load_adapter`.
+            trusted: as in `load_adapter`.
 
         Returns:
             What enabling its strategy did.
@@ -159,12 +166,16 @@ class AdapterSet:
             with self._returning():
                 self._activate(None)
                 trains = self._base_parameters()
-                strategy = self._tune(source, check_base)
-                self._adopt(name, strategy, trains, keep_objects=False)
+                strategy = self._tune(source, check_base, trusted)
+                try:
+                    self._adopt(name, strategy, trains, keep_objects=False)
+                except BaseException:
+                    disable_fine_tuning(self._model)
+                    raise
             return self.report(name)
 
-    def add_all(self, folder: str | os.PathLike[str], *, check_base: bool = True) -> tuple[str, ...]:
-        """Add every adapter file of a folder under its file's name, all or none.
+    def add_all(self, folder: str | os.PathLike[str], *, check_base: bool = True, trusted: bool = False) -> tuple[str, ...]:
+        """Add every adapter file of a folder under its file's name, all or none; ``check_base`` and ``trusted`` as in `load_adapter`.
 
         Returns:
             The names added.
@@ -180,7 +191,7 @@ class AdapterSet:
         with self._lock:
             try:
                 for file in files:
-                    self.add(file.name.removesuffix(_SUFFIX), file, check_base=check_base)
+                    self.add(file.name.removesuffix(_SUFFIX), file, check_base=check_base, trusted=trusted)
                     done.append(file.name.removesuffix(_SUFFIX))
             except BaseException:
                 for name in done:
@@ -239,9 +250,24 @@ class AdapterSet:
         """Write each adapter into ``folder/name.safetensors``; the folder is made if need be. `add_all` is the inverse.
 
         Each file is written whole or not at all. An error names the adapter; those before it are written.
+
+        Raises:
+            AdapterNameError: if two names differ in case alone, which some file systems take for one.
+            AdapterWriteError: if the folder cannot be made.
+            GiftError: for any reason that `save` gives.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return {name: self.save(name, Path(folder) / f"{name}{_SUFFIX}") for name in self.names}
+        with self._lock:
+            same = {name.casefold(): name for name in self.names}
+            if apart := [name for name in self.names if same[name.casefold()] != name]:
+                raise AdapterNameError(
+                    f"{apart[0]!r} and {same[apart[0].casefold()]!r} differ in case alone, and some file systems would take their "
+                    "files for one: save each with save(name, path)."
+                )
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise AdapterWriteError(f"the folder {folder} could not be made: {error}.") from error
+            return {name: self.save(name, Path(folder) / f"{name}{_SUFFIX}") for name in self.names}
 
     def release(self) -> nn.Module:
         """End the set: the model keeps the adapter in use, as its only one, and the others are forgotten.
@@ -322,11 +348,12 @@ class AdapterSet:
 
     @contextlib.contextmanager
     def _returning(self) -> Iterator[None]:
-        before = self._active
+        before, adapters = self._active, self._adapters
         try:
             yield
         finally:
-            if before is None or self._adapters.get(before.name) is before:
+            is_here = before is None or adapters.get(before.name) is before
+            if is_here and self._adapters is adapters:  # release() was not called meanwhile
                 self._refuse_state()
                 self._activate(before)
 
@@ -336,18 +363,27 @@ class AdapterSet:
             return
         if source is None:
             self._trains = self._base_parameters()
-        switch(self._base if source is None else source.arrangement, self._base if target is None else target.arrangement)
-        self._active = target
+        try:
+            switch(self._base if source is None else source.arrangement, self._base if target is None else target.arrangement)
+            self._settle(source, target)
+        except BaseException:  # an interrupt may come at any moment; one of the two is in use, whole
+            self._settle(source, target)
+            raise
+
+    def _settle(self, source: _Adapter | None, target: _Adapter | None) -> None:
+        """Let the set agree with what the model shows, and the base train where it is plain."""
+        shown = find_tuning(self._model)
+        self._active = next((adapter for adapter in (source, target) if adapter is not None and adapter.tuning is shown), None)
         if source is None or target is None:
             for parameter in self._trains:
-                parameter.requires_grad_(target is None)
+                parameter.requires_grad_(self._active is None)
 
     def _base_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in nn.Module.parameters(self._model) if parameter.requires_grad]
 
-    def _tune(self, source: FineTuningStrategy | str | os.PathLike[str], check_base: bool) -> FineTuningStrategy | None:
+    def _tune(self, source: FineTuningStrategy | str | os.PathLike[str], check_base: bool, trusted: bool) -> FineTuningStrategy | None:
         if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
-            info = load_adapter(self._model, source, check_base=check_base)
+            info = load_adapter(self._model, source, check_base=check_base, trusted=trusted)
             return _strategy_of(info.strategy)
         strategy = as_strategy(source)
         enable_fine_tuning(self._model, strategy)
@@ -356,11 +392,7 @@ class AdapterSet:
     def _adopt(self, name: str, strategy: FineTuningStrategy | None, trains: list[nn.Parameter], *, keep_objects: bool) -> None:
         """Make an adapter of what the model is tuned with."""
         tuning = tuning_of(self._model)
-        try:
-            arrangement = self._surveyor.arrangement(tuning, keep_objects=keep_objects)
-        except BaseException:
-            disable_fine_tuning(self._model)
-            raise
+        arrangement = self._surveyor.arrangement(tuning, keep_objects=keep_objects)
         tuning.governor = weakref.ref(self)
         self._trains = trains
         self._active = self._adapters[name] = _Adapter(name, strategy, tuning, arrangement)

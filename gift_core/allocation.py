@@ -53,10 +53,9 @@ class AllocationLimit(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        keywords = dict(kwargs or {})
         if func in _MAKERS:
-            self._charge(_size(func, args, keywords))
-        return func(*args, **keywords)
+            self._charge(_size(func, args, kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)  # most calls read an attribute, tens of them for each layer
 
     def _charge(self, numbers: int) -> None:
         self._left -= numbers

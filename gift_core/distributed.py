@@ -8,7 +8,7 @@ every process.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 
 from gift_core.errors import StateError
 from gift_core.record import adopted_modules, tuned_root
-from gift_core.reparameterization import original_class_of, trust_mesh
+from gift_core.reparameterization import original_class_of, trust_mesh, trusts_mesh
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over processes."""
     return type(tensor).__name__ == "DTensor"
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of many tensors is spread over processes."""
+    return any(kind.__name__ == "DTensor" for kind in set(map(type, tensors)))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -35,26 +40,40 @@ def write_whole(target: Tensor, value: Tensor) -> None:
     if not is_sharded(target):
         target.copy_(value)
         return
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     sharded: Any = target
-    value = value.to(sharded.device, sharded.dtype)
-    target.copy_(distribute_tensor(value, sharded.device_mesh, sharded.placements))
+    mesh = sharded.device_mesh
+    value = value.to(sharded.device, sharded.dtype, copy=True)  # the first process's is written into the others' copies
+    agreed: Any = distribute_tensor(value, mesh, [Replicate()] * mesh.ndim)
+    sharded.to_local().copy_(_own_part(sharded, agreed.to_local()))
+
+
+def _own_part(sharded: Any, value: Tensor) -> Tensor:
+    """What this process holds of a whole value that is spread like ``sharded``; torch's own way refuses uneven strided parts."""
+    # what FSDP2 splits of what tensor parallelism has split is called strided: the later split comes last, wherever it stands
+    splits = sorted(enumerate(sharded.placements), key=lambda split: type(split[1]).__name__ == "_StridedShard")
+    for dimension, placement in splits:
+        if not placement.is_replicate():
+            parts = value.chunk(sharded.device_mesh.size(dimension), placement.dim)
+            at = sharded.device_mesh.get_coordinate()[dimension]
+            value = parts[at] if at < len(parts) else value.narrow(placement.dim, 0, 0)
+    return value
 
 
 def is_writer(tensors: Iterable[Tensor]) -> bool:
     """Whether this process writes what all have gathered: rank 0 of a sharded model, each for itself otherwise."""
-    return not any(map(is_sharded, tensors)) or dist.get_rank() == 0
+    return not any_sharded(tensors) or dist.get_rank() == 0
 
 
 @contextlib.contextmanager
-def together(tensors: Iterable[Tensor], what: str) -> Iterator[None]:
+def together(tensors: Collection[Tensor], what: str) -> Iterator[None]:
     """Let every process of a sharded model fail where one fails (collective); a model that is whole is left alone.
 
     Raises:
         StateError: in the processes where nothing went wrong, if something did in another.
     """
-    device = next((tensor.device.type for tensor in tensors if is_sharded(tensor)), None)
+    device = next(tensor.device.type for tensor in tensors if is_sharded(tensor)) if any_sharded(tensors) else None
     error: BaseException | None = None
     try:
         yield
@@ -86,16 +105,23 @@ def plain_layers(module: nn.Module) -> Iterator[nn.Module]:
     The adapter's own tensors are then sharded or replicated as the plan's style has it, and the layers compute with what they find.
     Nothing may run forward within the context.
 
+    FSDP2 comes after the context, over the other dimension of the mesh: ``fully_shard(model, mesh=mesh["dp"])``.
+
     Args:
         module: a tuned model that is not merged.
 
     Raises:
-        StateError: if it is not tuned, is merged, or the tool inside changed a layer's class.
+        StateError: if it is not tuned, is merged or under FSDP2 already, or the tool inside changed a layer's class.
     """
     root = tuned_root(module)
     adopted = [(name, layer, type(layer)) for name, layer in adopted_modules(root)]
     if any(cls._is_merged for _, _, cls in adopted):  # type: ignore[attr-defined]
         raise StateError("the model is merged: call unmerge(model) first.")
+    for name, layer, _ in adopted:
+        if any(is_sharded(weight) and not trusts_mesh(layer, weight) for weight in layer._parameters.values() if weight is not None):
+            raise StateError(
+                f"{name!r} is sharded already: parallelize_module comes first, in plain_layers, and fully_shard afterwards."
+            )
     for _, layer, _ in adopted:
         layer.__class__ = original_class_of(layer)
     try:

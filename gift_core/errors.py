@@ -15,6 +15,11 @@ class GiftWarning(UserWarning):
     """Something that works but is probably not what was meant."""
 
 
+def printable(text: object) -> str:
+    """A stranger's text for a message: what a terminal would obey, or could not show, is escaped as in Python."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
 class ModelError(GiftError, TypeError):
     """The model given is none, or one that cannot be adapted (scripted, lazy, on meta, of another type)."""
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from gift_core.caps import describe
 from gift_core.errors import SiteError, StrategyError
-from gift_core.iterator import ModuleSite, ParameterSite, join_name, named_parameters_below
+from gift_core.iterator import join_name, named_parameters_below
 from gift_core.reparameterization import Reparameterization, adopt, adoptable_parameter
 from gift_core.selection import as_patterns, compile_pattern, layer_index_of
 
@@ -38,7 +38,7 @@ class Check:
     optional: bool = False
 
     def __call__(self, *site: Any) -> bool:
-        return _TESTS[self.kind](self.arguments, ModuleSite(*site) if len(site) == 5 else ParameterSite(*site))
+        return _TESTS[self.kind](self.arguments, site)
 
     def __and__(self, other: Callable[..., bool]) -> Check:
         joined: Check = self._join("and", other)
@@ -124,23 +124,28 @@ def _plain(argument: Any) -> Any:
 
 _OPERATORS = {"and": " & ", "or": " | "}
 _NAMING = {"name_is", "name_contains", "name_matches", "lies_in", "layer_index", "parameter_name_is", "parameter_name_contains"}
-_TESTS: dict[str, Callable[[tuple[Any, ...], ModuleSite | ParameterSite], bool]] = {
+
+
+def _full_name(site: tuple[Any, ...]) -> str:
+    return join_name(site[2], site[5]) if len(site) == 7 else site[2]
+
+
+#: What each kind asks of its arguments and of a site, which is the positional arguments of a check.
+_TESTS: dict[str, Callable[[tuple[Any, ...], tuple[Any, ...]], bool]] = {
     "and": lambda parts, site: all(part(*site) for part in parts),
     "or": lambda parts, site: any(part(*site) for part in parts),
     "not": lambda parts, site: not parts[0](*site),
     "everything": lambda _, site: True,
-    "is_root": lambda _, site: site.parent_module is None,
-    "class_is": lambda names, site: site.class_name in names,
-    "is_instance": lambda types, site: isinstance(site.current_module, types),
-    "name_is": lambda names, site: site.current_name in names,
-    "name_contains": lambda parts, site: any(part in site.current_name for part in parts),
-    "name_matches": lambda patterns, site: any(compile_pattern(text)(site.full_name, site.current_module) for text in patterns),
+    "is_root": lambda _, site: site[0] is None,
+    "class_is": lambda names, site: site[3] in names,
+    "is_instance": lambda types, site: isinstance(site[4], types),
+    "name_is": lambda names, site: site[1] in names,
+    "name_contains": lambda parts, site: any(part in site[1] for part in parts),
+    "name_matches": lambda patterns, site: any(compile_pattern(text)(_full_name(site), site[4]) for text in patterns),
     "lies_in": lambda patterns, site: any(_covers(text, site) for text in patterns),
-    "layer_index": lambda indices, site: layer_index_of(site.full_name) in indices,
-    "parameter_name_is": lambda names, site: isinstance(site, ParameterSite) and site.parameter_name in names,
-    "parameter_name_contains": lambda parts, site: (
-        isinstance(site, ParameterSite) and any(part in site.parameter_name for part in parts)
-    ),
+    "layer_index": lambda indices, site: layer_index_of(_full_name(site)) in indices,
+    "parameter_name_is": lambda names, site: len(site) == 7 and site[5] in names,
+    "parameter_name_contains": lambda parts, site: len(site) == 7 and any(part in site[5] for part in parts),
 }
 
 
@@ -246,10 +251,10 @@ _FACTORIES: dict[str, Callable[..., Check]] = {
 }
 
 
-def _covers(pattern: str, site: ModuleSite | ParameterSite) -> bool:
-    matches, name = compile_pattern(pattern), site.full_name
+def _covers(pattern: str, site: tuple[Any, ...]) -> bool:
+    matches, name = compile_pattern(pattern), _full_name(site)
     ends = [at for at, character in enumerate(name) if character == "."]
-    return any(matches(name[:end], site.current_module) for end in (len(name), *ends))
+    return any(matches(name[:end], site[4]) for end in (len(name), *ends))
 
 
 def _strings(factory: str, values: tuple[Any, ...]) -> tuple[str, ...]:
@@ -280,8 +285,8 @@ class _Reparameterize:
             parameters = named_parameters_below(module)
             for _, parameter in parameters:
                 parameter.requires_grad_(False)
-            for parameter in (parameter for name, parameter in parameters if name in self.keep):
-                parameter.requires_grad_(True)
+            for kept in [parameter for name, parameter in parameters if name in self.keep] if self.keep else ():
+                kept.requires_grad_(True)
         adopt(module, self.method, self._names(site), **params)
 
     def examine(self, *site: Any, **params: Any) -> str | None:

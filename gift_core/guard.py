@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from gift_core.record import same_bits
+from gift_core.record import bits_of, same_bits
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -55,11 +55,16 @@ class Guard:
         touched = {at for at in group if self._tensors[at]._version != self._versions[at]}
         if plain:
             touched |= {at for at in group if not _is_same_memory(self._tensors[at], self._aliases[at])}
-        if not touched and (not plain or same_bits(self._read(group), values)):
+        if not touched and (not plain or not _differ(self._read(group), values)):
             return []
         return [
             (at, value) for at, value in zip(group, values, strict=True) if at in touched or not same_bits(self._aliases[at], value)
         ]
+
+
+def _differ(now: Tensor, then: Tensor) -> bool:
+    """Whether any bit is different, several times faster than torch compares; ``now`` is lost."""
+    return bool(bits_of(now).bitwise_xor_(bits_of(then)).view(torch.uint8).any())
 
 
 def _is_same_memory(tensor: Tensor, alias: Tensor) -> bool:

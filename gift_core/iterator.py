@@ -7,9 +7,9 @@ anything.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from gift_core.errors import ModelError
 
@@ -64,7 +64,8 @@ def join_name(parent_name: str, name: str) -> str:
 def walk_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """The root and everything below it with its full name, parents first; a shared module comes under each of its names."""
     found = [("", root)]
-    _descend(root, "", found)
+    if root._modules:
+        _descend(root, "", found)
     return found
 
 
@@ -87,6 +88,48 @@ def named_parameters_below(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         for name, parameter in holder._parameters.items()
         if parameter is not None
     ]
+
+
+#: A tensor under one of its keys: the key, the module that holds it, its name there, itself.
+NamedTensor = tuple[str, nn.Module, str, Tensor]
+
+
+def tensors_of(modules: list[tuple[str, nn.Module]], registry: str) -> list[NamedTensor]:
+    """The tensors in ``_parameters`` or ``_buffers`` of modules that `walk_modules` gave, under each of their keys."""
+    return [
+        (f"{prefix}.{name}" if prefix else name, module, name, tensor)
+        for prefix, module in modules
+        for name, tensor in getattr(module, registry).items()
+        if tensor is not None
+    ]
+
+
+class Inventory(NamedTuple):
+    """What a model holds at one moment, under each of its names: one walk for all who ask."""
+
+    modules: list[tuple[str, nn.Module]]
+    parameters: list[NamedTensor]
+    buffers: list[NamedTensor]
+
+    @classmethod
+    def of(cls, root: nn.Module) -> Inventory:
+        """Take stock of a model."""
+        modules = walk_modules(root)
+        return cls(modules, tensors_of(modules, "_parameters"), tensors_of(modules, "_buffers"))
+
+    @property
+    def persistent_buffers(self) -> list[NamedTensor]:
+        """The buffers that a state dict holds."""
+        return [item for item in self.buffers if item[2] not in item[1]._non_persistent_buffers_set]
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Every parameter once."""
+        parameters: Any = {id(tensor): tensor for _, _, _, tensor in self.parameters}
+        return list(parameters.values())
+
+    def ids(self) -> set[int]:
+        """The ``id`` of every tensor; good for as long as the inventory is kept."""
+        return {id(tensor) for tensors in (self.parameters, self.buffers) for _, _, _, tensor in tensors}
 
 
 class ModuleIterator:

@@ -65,14 +65,12 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerReport:
         raise StateError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}: pass the optimizer itself.")
     held = {id(parameter) for group in groups for parameter in group["params"]}
     root = tuned_root(model)
-    base = set(tuning_of(root).frozen)
-    own = {
-        id(parameter): (key, parameter.requires_grad and key not in base) for key, _, _, parameter in named_tensors(root, buffers=False)
-    }
+    base, trained = set(tuning_of(root).frozen), set(tuning_of(root).trained)
+    own = {id(parameter): (key, parameter.requires_grad) for key, _, _, parameter in named_tensors(root, buffers=False)}
     # what of a larger model lies outside the tuned part is its owner's business
     outside = {id(parameter) for parameter in nn.Module.parameters(model)} - own.keys()
     return OptimizerReport(
-        missing=tuple(key for one, (key, trains) in own.items() if trains and one not in held),
-        frozen=tuple(key for one, (key, trains) in own.items() if not trains and one in held),
+        missing=tuple(key for one, (key, trains) in own.items() if trains and key not in base and one not in held),
+        frozen=tuple(key for one, (key, trains) in own.items() if (key in base or not (trains or key in trained)) and one in held),
         strangers=len(held - own.keys() - outside),
     )

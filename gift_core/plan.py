@@ -17,14 +17,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gift_core.caps import Cap, Caps, HasCaps, describe
-from gift_core.errors import CheckError, GiftError, ModelError, NoMatchError, SiteError
+from gift_core.errors import ActionError, CheckError, GiftError, ModelError, NoMatchError, SiteError
 from gift_core.factories import Check, site_name
 from gift_core.info import CapMatches, Count, Report
-from gift_core.iterator import ModuleIterator, ModuleSite, ParameterSite, join_name, named_parameters_below, walk_modules
-from gift_core.reparameterization import is_adopted
+from gift_core.iterator import Inventory, ModuleIterator, ModuleSite, ParameterSite, join_name, named_parameters_below
+from gift_core.reparameterization import Reparameterization, is_adopted
 from gift_core.strategy import FineTuningStrategy, as_strategy
 
 Site = ModuleSite | ParameterSite
+
+_UNUSABLE = (torch.jit.ScriptModule, Reparameterization)
 
 
 class PlannedAction(NamedTuple):
@@ -50,6 +52,7 @@ class TuningPlan:
         actions: the matched sites, in the order in which they are acted on.
         frozen: the sites of parameters that no cap wanted.
         report: the same as counts and names, without the counts after.
+        inventory: what the model held.
     """
 
     module: nn.Module
@@ -57,6 +60,7 @@ class TuningPlan:
     actions: tuple[PlannedAction, ...]
     frozen: tuple[ParameterSite, ...]
     report: Report
+    inventory: Inventory = dataclasses.field(repr=False)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -77,18 +81,20 @@ def plan_fine_tuning(module: nn.Module, fine_tuning_strategy: FineTuningStrategy
         NoMatchError: if nothing matches, or something that the strategy names matches nothing.
         CheckError: if a check raises or gives no truth value.
         SiteError: if a matched site cannot be adapted.
+        ActionError: if an action cannot say whether it can, as with params that it does not take.
     """
     strategy = as_strategy(fine_tuning_strategy)
-    _refuse_unusable(module)
-    walk = _Walk(module, strategy)
-    return walk.plan()
+    inventory = Inventory.of(_as_module(module))
+    _refuse_unusable(inventory)
+    return _Walk(inventory, strategy).plan()
 
 
 class _Walk:
     """One walk over one model: what has been seen, and what was found."""
 
-    def __init__(self, root: nn.Module, strategy: FineTuningStrategy) -> None:
-        self.root = root
+    def __init__(self, inventory: Inventory, strategy: FineTuningStrategy) -> None:
+        self.inventory = inventory
+        self.root = inventory.modules[0][1]
         self.strategy = strategy
         self.actions: list[PlannedAction] = []
         self.frozen: list[ParameterSite] = []
@@ -104,7 +110,7 @@ class _Walk:
         self._enter(ModuleSite(None, "", "", type(self.root).__name__, self.root), self.strategy)
         self._tied_elsewhere()
         self._refuse_silence()
-        return TuningPlan(self.root, self.strategy, tuple(self.actions), tuple(self.frozen), self._report())
+        return TuningPlan(self.root, self.strategy, tuple(self.actions), tuple(self.frozen), self._report(), self.inventory)
 
     def _register(self, strategy: HasCaps) -> None:
         for kind, caps in (("module", strategy.module_caps), ("parameter", strategy.para_caps)):
@@ -124,20 +130,21 @@ class _Walk:
         self._offer(site, strategy)
 
     def _offer(self, site: ModuleSite, strategy: HasCaps) -> None:
-        cap = self._first_match(strategy.module_caps, site)
+        cap = _first_match(strategy.module_caps, site)
         if cap is not None:
             self._take(cap, site)
             return
-        for name, parameter in site.current_module._parameters.items():
+        module = site.current_module
+        for name, parameter in module._parameters.items():
             if parameter is not None:
                 self._offer_parameter(ParameterSite(*site, name, parameter), strategy)
-        for name, child in site.current_module._modules.items():
+        for name, child in module._modules.items():
             if child is not None and not self._seen_before(child, full_name := join_name(site.global_name, name)):
-                self._offer(ModuleSite(site.current_module, name, full_name, type(child).__name__, child), strategy)
+                self._offer(ModuleSite(module, name, full_name, type(child).__name__, child), strategy)
 
     def _offer_parameter(self, site: ParameterSite, strategy: HasCaps) -> None:
         again = self._seen_before(site.parameter, site.full_name)
-        cap = self._first_match(strategy.para_caps, site)
+        cap = _first_match(strategy.para_caps, site)
         if cap is not None and id(site.parameter) not in self.wanted:
             self.wanted.add(id(site.parameter))
             self._take(cap, site)
@@ -149,12 +156,6 @@ class _Walk:
         if first != name:
             self.shared.append(f"{name} = {first}")
         return first != name
-
-    def _first_match(self, caps: Caps, site: Site) -> Cap | None:
-        for cap in caps:
-            if _ask(cap, site):
-                return cap
-        return None
 
     def _take(self, cap: Cap, site: Site) -> None:
         self.matches[id(cap)][2].append(site.full_name)
@@ -217,7 +218,7 @@ class _Walk:
         for action in self.actions:
             if action.caution:
                 cautions.setdefault(action.caution, []).append(action.site.full_name or "the root")
-        parameters = list({id(parameter): parameter for _, parameter in named_parameters_below(self.root)}.values())
+        parameters = self.inventory.own_parameters()
         return Report(
             strategy=repr(self.strategy),
             caps=tuple(CapMatches(kind, repr(cap), tuple(sites)) for kind, cap, sites in self.matches.values()),
@@ -229,22 +230,33 @@ class _Walk:
         )
 
 
-def _refuse_unusable(module: Any) -> None:
-    if not isinstance(module, nn.Module):
-        given = "nothing" if module is None else f"{type(module).__name__}"
-        raise ModelError(f"fine-tuning needs a torch.nn.Module, got {given}: pass the model itself as the first argument.")
-    for name, child in walk_modules(module):
-        if reason := _unusable(child):
-            raise ModelError(f"{repr(name) if name else 'the model'} ({type(child).__name__}) {reason}")
+def _as_module(module: Any) -> nn.Module:
+    if isinstance(module, nn.Module):
+        return module
+    given = "nothing" if module is None else f"{type(module).__name__}"
+    raise ModelError(f"fine-tuning needs a torch.nn.Module, got {given}: pass the model itself as the first argument.")
 
 
-def _unusable(module: nn.Module) -> str | None:
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is scripted and cannot be adapted: adapt the model first, torch.jit.script it afterwards."
-    for parameter in module._parameters.values():
-        if parameter is not None and is_lazy(parameter):
-            return "is lazy and has no shapes yet: run one forward pass first."
-    return "is adapted already: disable_fine_tuning(model) first, or plan on a fresh copy." if is_adopted(module) else None
+def _refuse_unusable(inventory: Inventory) -> None:
+    for name, module in inventory.modules:
+        if isinstance(module, _UNUSABLE):
+            scripted = "is scripted and cannot be adapted: adapt the model first, torch.jit.script it afterwards."
+            adapted = "is adapted already: disable_fine_tuning(model) first, or plan on a fresh copy."
+            raise _is_no_use(name, module, adapted if is_adopted(module) else scripted)
+    for key, module, _, parameter in inventory.parameters:
+        if is_lazy(parameter):
+            raise _is_no_use(key.rpartition(".")[0], module, "is lazy and has no shapes yet: run one forward pass first.")
+
+
+def _is_no_use(name: str, module: nn.Module, reason: str) -> ModelError:
+    return ModelError(f"{repr(name) if name else 'the model'} ({type(module).__name__}) {reason}")
+
+
+def _first_match(caps: Caps, site: Site) -> Cap | None:
+    for cap in caps:
+        if _ask(cap, site):
+            return cap
+    return None
 
 
 def _ask(cap: Cap, site: Site) -> bool:
@@ -268,6 +280,11 @@ def _examine(cap: Cap, site: Site) -> str | None:
         return examine(*site, **cap.params)
     except SiteError as error:
         raise SiteError(f"at {site_name(*site)}: {error}") from error
+    except GiftError:
+        raise
+    except Exception as error:
+        what = f"action {describe(cap.action)} with {dict(cap.params)!r}"
+        raise ActionError(f"{what} cannot be planned at {site_name(*site)}: {type(error).__name__}: {error}") from error
 
 
 def _asks_for(cap: Cap, part: Check) -> bool:

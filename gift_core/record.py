@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gift_core.errors import StateError
 from gift_core.info import Report
-from gift_core.iterator import walk_modules
+from gift_core.iterator import Inventory, NamedTensor, tensors_of, walk_modules
 from gift_core.reparameterization import is_adopted
 from gift_core.structure import Change
 
@@ -47,10 +47,16 @@ class Original:
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one dtype have the same shape and bits; a NaN equals itself."""
-    return left.shape == right.shape and torch.equal(_bytes(left), _bytes(right))
+    if left.shape != right.shape:
+        return False
+    bits = [bits_of(tensor) for tensor in (left, right)]
+    if bits[0].dtype is not bits[1].dtype:  # one of them lies at an odd place of its storage
+        bits = [each.view(torch.uint8) for each in bits]
+    return torch.equal(*bits)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def bits_of(tensor: Tensor) -> Tensor:
+    """The numbers of a dense tensor, in order, as whole words or as bytes; a view where memory allows."""
     values = tensor.contiguous().flatten()
     words = values.nbytes % 8 == 0 and values.storage_offset() * values.element_size() % 8 == 0
     return values.view(torch.int64 if words else torch.uint8)  # whole words compare several times faster
@@ -166,20 +172,17 @@ def _once(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module
             yield name, module
 
 
-def named_tensors(root: nn.Module, *, buffers: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def named_tensors(root: nn.Module, *, buffers: bool) -> list[NamedTensor]:
     """Every parameter, or every buffer, as ``(key, module, name, tensor)`` under each key that a state dict gives it."""
-    for prefix, module in walk_modules(root):
-        for name, tensor in (module._buffers if buffers else module._parameters).items():
-            if tensor is not None:
-                yield f"{prefix}.{name}" if prefix else name, module, name, tensor
+    return tensors_of(walk_modules(root), "_buffers" if buffers else "_parameters")
 
 
 def structure_digest(root: nn.Module) -> str:
     """A digest of the names and shapes of a plain model's parameters and persistent buffers."""
-    shapes = [(key, tensor.shape) for key, _, _, tensor in named_tensors(root, buffers=False)]
-    shapes += [
-        (key, buffer.shape)
-        for key, module, name, buffer in named_tensors(root, buffers=True)
-        if name not in module._non_persistent_buffers_set
-    ]
-    return hashlib.sha256(json.dumps(sorted(shapes)).encode()).hexdigest()
+    return digest_of(Inventory.of(root))
+
+
+def digest_of(inventory: Inventory) -> str:
+    """The `structure_digest` of a model whose inventory is at hand."""
+    shapes = {key: tensor.shape for tensors in (inventory.parameters, inventory.persistent_buffers) for key, _, _, tensor in tensors}
+    return hashlib.sha256(json.dumps([(key, shapes[key]) for key in sorted(shapes)]).encode()).hexdigest()

@@ -10,7 +10,6 @@ Nothing here knows strategies, caps or how a model is walked.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gift_core.errors import SiteError, StateError
+from gift_core.structure import added
 
 #: What to do about a model that is sharded already.
 ENABLE_FIRST = "call enable_fine_tuning on the whole model, and fully_shard or parallelize_module afterwards (docs/distributed.md)."
@@ -153,7 +153,8 @@ def trust_mesh(module: nn.Module) -> None:
         module._gift_mesh = meshes[0]
 
 
-def _computes_sharded(module: nn.Module, tensor: Any) -> bool:
+def trusts_mesh(module: nn.Module, tensor: Any) -> bool:
+    """Whether an adopted module computes with this sharded tensor."""
     mesh = module.__dict__.get("_gift_mesh")
     return mesh is not None and type(tensor).__name__ == "DTensor" and tensor.device_mesh == mesh
 
@@ -224,7 +225,8 @@ def _rebuild(original: type[nn.Module], adoptions: Adoptions, merged: bool) -> n
 
 def _set_class(module: nn.Module, original: type[nn.Module], adoptions: Adoptions, merged: bool = False) -> None:
     try:
-        module.__class__ = _adopted_class(original, adoptions, merged)
+        # past nn.Module.__setattr__, which looks the name up among parameters, buffers and children first
+        object.__setattr__(module, "__class__", _adopted_class(original, adoptions, merged))
     except TypeError as error:
         raise SiteError(f"its class {original.__name__} cannot be extended ({error}): exclude it.") from error
 
@@ -272,7 +274,7 @@ def _effective_property(name: str, method: type[Reparameterization]) -> property
 
     def get(self: nn.Module) -> Tensor | None:
         frozen = self._parameters[name]
-        if frozen is None or (is_opaque(frozen) and not _computes_sharded(self, frozen)):
+        if frozen is None or (is_opaque(frozen) and not trusts_mesh(self, frozen)):
             return frozen
         return _compute(method, self if scope is None else scope(self, prefix), frozen, name)
 
@@ -440,20 +442,17 @@ _scope_class: Callable[[type[Reparameterization]], Callable[[nn.Module, str], An
 )
 
 
-def _overwritten(now: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    if len(now) >= len(old) and all(map(operator.is_, old, now)) and all(map(operator.is_, old.values(), now.values())):
-        return []  # the usual case, in a fraction of the time: what is new comes last
-    return [name for name, value in old.items() if now.get(name) is not value]
-
-
 def _guarded_init(
     module: nn.Module, owner: Any, method: type[Reparameterization], weight: nn.Parameter, params: dict[str, Any]
 ) -> None:
-    places: tuple[dict[str, Any], ...] = (module.__dict__, module._parameters, module._buffers, module._modules)
+    # where nothing is, nothing can be overwritten
+    places: list[Any] = [place for place in (module.__dict__, module._parameters, module._buffers, module._modules) if place]
     before = [place.copy() for place in places]
     method.init_parameters(owner, weight.detach(), **params)
-    overwritten = [name for place, old in zip(places, before, strict=True) for name in _overwritten(place, old)]
-    original = original_class_of(module)
-    overwritten += [name for name in module.__dict__.keys() - before[0].keys() if hasattr(original, name)]
+    new = [added(old, now) for old, now in zip(before, places, strict=True)]
+    names = module.__dict__.keys() - before[0].keys() if new[0] is None else new[0]
+    overwritten = [name for name in names if hasattr(original_class_of(module), name)]
+    if None in new:
+        overwritten += [name for old, now in zip(before, places, strict=True) for name in old if now.get(name) is not old[name]]
     if overwritten:
         raise SiteError(f"{method.__name__} overwrites {', '.join(sorted(overwritten))} of the layer: choose other names.")

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from gift_core.errors import StateDictError
-from gift_core.iterator import walk_modules
-from gift_core.record import Original, Tuning, find_tuning, named_tensors, tuned_root, tuning_of
+from gift_core.errors import StateDictError, printable
+from gift_core.iterator import Inventory, walk_modules
+from gift_core.record import Original, Tuning, find_tuning, tuned_root, tuning_of
 
 StateDict = MutableMapping[str, Any]
 
@@ -50,7 +50,8 @@ class TrainedStateDict:
     def __call__(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         root = self.root
         modules = walk_modules(root)
-        if args or not _is_plain(modules, _SAVING) or list(root._state_dict_hooks.values()) != [_keep_trained_part]:
+        ours = list(root._state_dict_hooks.values()) == [_keep_trained_part] and not root._state_dict_pre_hooks
+        if args or not ours or not _is_plain(modules, _SAVING):
             return type(root).state_dict(root, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if destination is None:
             destination = OrderedDict()
@@ -73,10 +74,12 @@ class LoadsTrainedPart:
 
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         root = self.root
-        if not assign and isinstance(state_dict, Mapping) and _load_directly(root, tuning_of(root), state_dict):
+        _refuse_other_things(state_dict)
+        if _load_directly(root, tuning_of(root), state_dict, assign):
             return _IncompatibleKeys([], [])
-        if strict and isinstance(state_dict, Mapping):
-            _refuse_twins(_twins(_persistent(walk_modules(root)), state_dict.keys()))
+        if strict:
+            modules = walk_modules(root)
+            _refuse_half(_twins(_persistent(modules), state_dict.keys()), _extra_states(modules) - state_dict.keys())
         return type(root).load_state_dict(root, state_dict, strict=strict, assign=assign)
 
 
@@ -103,8 +106,8 @@ def _is_torchs(cls: type[nn.Module], name: str) -> bool:
     return found is getattr(nn.Module, name) or (name == "_load_from_state_dict" and found is _Norm._load_from_state_dict)
 
 
-def _load_directly(root: nn.Module, tuning: Tuning, state_dict: Mapping[str, Any]) -> bool:
-    """Copy what is given, if it is what the model takes and nothing has a say in it but the model; else change nothing."""
+def _load_directly(root: nn.Module, tuning: Tuning, state_dict: Mapping[str, Any], assign: bool) -> bool:
+    """Take what is given, if it is what the model takes and nothing has a say in it but the model; else change nothing."""
     modules = walk_modules(root)
     if not _is_plain(modules, _LOADING) or not _is_hooked_by_us_alone(root) or torch.__future__.get_swap_module_params_on_conversion():
         return False
@@ -112,19 +115,46 @@ def _load_directly(root: nn.Module, tuning: Tuning, state_dict: Mapping[str, Any
     is_base = _is_base(tuning, given)
     if not given <= own.keys() or _missing(tuning, own.keys(), given, is_base) or _partial(tuning, given):
         return False
-    if not all(_fits(value, own[key]) for key, value in state_dict.items()):
+    if not all(_fits(value, own[key]) for key, value in state_dict.items()) or (assign and not _is_assignable(own, state_dict)):
         return False
-    values: Mapping[str, Tensor] = state_dict
+    values = dict(state_dict)
     if is_base:
         _adopt_base_values(tuning, state_dict, "")
     else:
-        values = _base_buffers(tuning, own) | dict(state_dict)
+        values |= {key: value for key, value in _base_buffers(tuning, own).items() if key not in given and value is not own[key]}
+    with torch.no_grad():
+        (_assign if assign else _copy)(modules, own, values)
+    return True
+
+
+def _copy(modules: list[tuple[str, nn.Module]], own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     # a tied tensor is under several keys, of which torch writes the last
     pairs = {id(own[key]): (own[key], value) for key, value in values.items() if own[key] is not value}
     if pairs:
-        with torch.no_grad():
-            torch._foreach_copy_([target for target, _ in pairs.values()], [value for _, value in pairs.values()])
-    return True
+        torch._foreach_copy_([target for target, _ in pairs.values()], [value for _, value in pairs.values()])
+
+
+def _assign(modules: list[tuple[str, nn.Module]], own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    held = {key: _held_like(own[key], value) for key, value in values.items()}  # all of them before the first takes its place
+    for prefix, module in modules:
+        for name in [*module._parameters, *module._buffers]:
+            key = f"{prefix}.{name}" if prefix else name
+            if key in held:
+                setattr(module, name, held[key])
+
+
+def _is_assignable(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
+    is_tied = len({id(own[key]) for key in values}) < len(values)  # torch has a tie end here
+    return not is_tied and not any(_untrainable(key, value, own[key]) for key, value in values.items())
+
+
+def _held_like(own: Tensor, value: Tensor) -> Tensor:
+    """What torch's ``assign=True`` puts in the place of ``own``."""
+    if not isinstance(own, nn.Parameter):
+        return value
+    if isinstance(value, nn.Parameter):
+        return value.requires_grad_(own.requires_grad)
+    return nn.Parameter(value, requires_grad=own.requires_grad)
 
 
 def _is_hooked_by_us_alone(root: nn.Module) -> bool:
@@ -133,7 +163,33 @@ def _is_hooked_by_us_alone(root: nn.Module) -> bool:
 
 
 def _fits(value: Any, own: Tensor) -> bool:
-    return type(value) in _DENSE and type(own) in _DENSE and value.shape == own.shape and not own.is_meta and not value.is_meta
+    return type(value) in _DENSE and type(own) in _DENSE and not own.is_meta and _misfit("", value, own) is None
+
+
+def _misfit(key: str, value: Any, own: Tensor) -> str | None:
+    """Why a value cannot be written over a tensor of the model, which torch would find out when others are written; None if it can."""
+    if not isinstance(value, Tensor):
+        return f"no tensor: {key}: {type(value).__name__} given"
+    if value.is_nested or value.layout is not torch.strided:
+        return f"no dense tensor: {key}: layout {'nested' if value.is_nested else value.layout} given"
+    if value.shape != own.shape:
+        return f"wrong shape: {key}: {tuple(value.shape)} given, {tuple(own.shape)} in the model"
+    if value.is_meta and not own.is_meta:
+        return f"no values: {key}: a tensor on the meta device given"
+    if value.dtype is not own.dtype and (value.is_quantized or (value.is_complex() and not own.is_complex())):
+        return f"wrong dtype: {key}: {value.dtype} given, {own.dtype} in the model"
+    return None
+
+
+def _untrainable(key: str, value: Tensor, own: Tensor) -> str | None:
+    """Why a value cannot take the place of a tensor that trains, as with ``assign=True``; None if it can."""
+    if not own.requires_grad:
+        return None
+    if not (value.is_floating_point() or value.is_complex()):
+        return f"wrong dtype: {key}: {value.dtype} given, which cannot train in its place"
+    if any(stride == 0 and side > 1 for stride, side in zip(value.stride(), value.shape, strict=True)):
+        return f"shared memory: {key}: its numbers are one in memory, which cannot train in its place"
+    return None
 
 
 @contextlib.contextmanager
@@ -153,18 +209,17 @@ def full_state_dict(module: nn.Module) -> Iterator[nn.Module]:
         tuning.full = was
 
 
-def classify_keys(root: nn.Module, base: set[int]) -> dict[str, Any]:
+def classify_keys(tuned: Inventory, base: set[int]) -> dict[str, Any]:
     """Sort the keys of a freshly tuned model into the groups of `Tuning`.
 
     Args:
-        root: the model, with its strategy applied.
+        tuned: the model, with its strategy applied.
         base: ``id`` of every parameter and buffer that the model had before; a tensor is the base's own wherever it stands now.
     """
-    parameters = [(key, parameter.requires_grad, id(parameter) in base) for key, _, _, parameter in named_tensors(root, buffers=False)]
+    parameters = [(key, parameter.requires_grad, id(parameter) in base) for key, _, _, parameter in tuned.parameters]
     buffers = [
         (key, isinstance(module, nn.modules.batchnorm._NormBase), id(buffer) in base)
-        for key, module, name, buffer in named_tensors(root, buffers=True)
-        if name not in module._non_persistent_buffers_set
+        for key, module, _, buffer in tuned.persistent_buffers
     ]
     return {
         "adapter": [key for key, _, is_base in (*parameters, *buffers) if not is_base],
@@ -207,13 +262,17 @@ def _complete(
     tuning = find_tuning(module)
     if tuning is None:
         return
-    own = _persistent(walk_modules(module))
+    modules = walk_modules(module)
+    own = _persistent(modules)
     given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     twins = _twins(own, given)
     given |= twins.keys()
     is_base = _is_base(tuning, given)
     if strict:
-        _refuse_misfits(tuning, own, given, state_dict, prefix, is_base)
+        # torch would copy until it meets the first misfit and skip the rest: everything is checked before anything is written
+        values = {key: state_dict[prefix + key] for key in sorted((given & own.keys()) - twins.keys())}
+        problems = _wrong_keys(tuning, own.keys(), given - _extra_states(modules), is_base)
+        _refuse(problems + _wrong_values(own, values, bool(local_metadata.get("assign_to_params_buffers"))))
     if is_base:
         _adopt_base_values(tuning, {**state_dict, **{prefix + key: state_dict[prefix + twin] for key, twin in twins.items()}}, prefix)
         supplied = {key: own[key] for key in tuning.adapter}
@@ -223,41 +282,57 @@ def _complete(
         state_dict.setdefault(prefix + key, tensor)
 
 
-def _refuse_misfits(tuning: Tuning, own: dict[str, Tensor], given: set[str], state_dict: StateDict, prefix: str, is_base: bool) -> None:
-    # torch would copy until it meets the first misfit and skip the rest: everything is checked before anything is written
-    missing = _missing(tuning, own.keys(), given, is_base)
+def _wrong_keys(tuning: Tuning, own: Set[str], given: Set[str], is_base: bool) -> list[str]:
+    missing = _missing(tuning, own, given, is_base)
     if not any(map(_is_counter, given)):
         missing = {key for key in missing if not _is_counter(key)}  # a checkpoint older than the counter: torch knows its version
-    misshapen = [
-        f"{key}: {_shape(state_dict[prefix + key])} given, {tuple(own[key].shape)} in the model"
-        for key in sorted(given & set(own))
-        if prefix + key in state_dict and _shape(state_dict[prefix + key]) != tuple(own[key].shape)
-    ]
-    unknown = sorted(key for key in given - set(own) if not key.endswith("_extra_state"))
-    problems = [
+    return [
         *(f"missing: {key}" for key in sorted(missing)),
-        *(f"unexpected: {key}" for key in unknown),
+        *(f"unexpected: {key}" for key in sorted(given - own)),
         *(f"only a part of the frozen base is given: {key}" for key in sorted(_partial(tuning, given))[:3]),
-        *(f"wrong shape: {line}" for line in misshapen),
     ]
-    if problems:
-        raise _misfit(problems)
 
 
-def _refuse_twins(twins: Mapping[str, str]) -> None:
+def _wrong_values(own: Mapping[str, Tensor], values: Mapping[str, Any], assign: bool) -> list[str]:
+    found = [_misfit(key, value, own[key]) or (_untrainable(key, value, own[key]) if assign else None) for key, value in values.items()]
+    return [reason for reason in found if reason is not None]
+
+
+def _refuse_other_things(state_dict: object) -> None:
+    if not isinstance(state_dict, Mapping):
+        _refuse([f"{type(state_dict).__name__} given, no mapping of names to tensors"])
+        return
+    _refuse([f"unexpected: {key!r:.80}, of type {type(key).__name__}, as a name" for key in state_dict if not isinstance(key, str)][:5])
+    versions = getattr(state_dict, "_metadata", None) or {}
+    if not isinstance(versions, Mapping) or not all(map(_is_version, versions.values())):
+        _refuse(["its _metadata is not what torch writes: leave it out, by dict(state_dict)"])
+
+
+def _is_version(entry: object) -> bool:
+    return isinstance(entry, Mapping) and type(entry.get("version")) in (int, type(None))
+
+
+def _extra_states(modules: list[tuple[str, nn.Module]]) -> set[str]:
+    """Keys under which layers take states of their own."""
+    taking = (name for name, module in modules if type(module).set_extra_state is not nn.Module.set_extra_state)
+    return {f"{name}._extra_state" if name else "_extra_state" for name in taking}
+
+
+def _refuse_half(twins: Mapping[str, str], missing: Set[str]) -> None:
     # torch would find out when it has written the rest
-    if twins:
-        raise _misfit(
-            [f"missing: {key} (tied to {twin}, which is given: strict=False takes it from there)" for key, twin in twins.items()]
-        )
-
-
-def _misfit(problems: list[str]) -> StateDictError:
-    return StateDictError(
-        "the state dict does not fit the tuned model; nothing was loaded.\n  "
-        + "\n  ".join(problems)
-        + "\nA tuned model takes its trained part, or a whole checkpoint of the original model."
+    _refuse(
+        [f"missing: {key} (tied to {twin}, which is given: strict=False takes it from there)" for key, twin in twins.items()]
+        + [f"missing: {key} (strict=False leaves it as it is)" for key in sorted(missing)]
     )
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise StateDictError(
+            "the state dict does not fit the tuned model; nothing was loaded.\n  "
+            + "\n  ".join(map(printable, problems))
+            + "\nA tuned model takes its trained part, or a whole checkpoint of the original model."
+        )
 
 
 def _twins(own: Mapping[str, Tensor], given: Set[str]) -> dict[str, str]:
@@ -301,10 +376,6 @@ def _is_counter(key: str) -> bool:
     return key.rpartition(".")[2] == "num_batches_tracked"
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
 def _adopt_base_values(tuning: Tuning, state_dict: Mapping[str, Any], prefix: str) -> None:
     # the checkpoint is of the original model: its values are the originals from now on
     for original in tuning.originals:
@@ -319,4 +390,6 @@ def _base_buffers(tuning: Tuning, own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _base_value(original: Original | None, current: Tensor) -> Tensor:
-    return current if original is None or not original.has_moved() else original.value.to(current.device, current.dtype)
+    if original is None or not original.has_moved():
+        return current
+    return original.value.to(current.device, current.dtype, copy=True)  # assign=True puts it into the model

@@ -27,7 +27,7 @@ World = tuple[torch.device | None, torch.dtype | None, bool]
 class Slot:
     """One place of a model that differs under some adapter, with what the base has there while an adapter is in use."""
 
-    __slots__ = ("base", "base_world", "is_users", "key", "mapping", "place")
+    __slots__ = ("base", "base_world", "is_held", "is_users", "key", "mapping", "place")
 
     def __init__(self, mapping: Any, key: Any, place: Place) -> None:
         self.mapping = mapping
@@ -36,6 +36,7 @@ class Slot:
         self.base: Any = ABSENT
         self.base_world: World = place.world()
         self.is_users = False
+        self.is_held = False  # whether a strategy's mode stands here now, and not the user's
 
     def put(self, value: Any) -> None:
         """Let ``value`` stand here; `ABSENT` clears the place."""
@@ -110,19 +111,32 @@ def switch(source: Arrangement, target: Arrangement) -> None:
     Raises:
         StateError: if the model went to the meta device, to which what was out of it cannot follow.
     """
-    _leave_modes(source)  # first, so that a mode of the strategy's own is not taken for the user's
+    is_written = False
     try:
+        _leave_modes(source)  # first, so that a mode of the strategy's own is not taken for the user's
         source.read()
         for slot in target.beyond(source):
             slot.base = slot.mapping.get(slot.key, ABSENT)
             slot.base_world = slot.place.world()
         _catch_up(_late(source, target))
+        is_written = True
         _write(source, target)
         _enter_modes(target)
     except BaseException:  # the model is on meta, memory ran out, or an interrupt came between two assignments
-        _write(target, source)
+        if is_written:
+            _undo(source, target)
         _enter_modes(source)
         raise
+
+
+def _undo(source: Arrangement, target: Arrangement) -> None:
+    for slot, _ in target.modes:
+        if slot.is_held:
+            slot.put(slot.base)
+            slot.is_held = False
+    for slot in source.beyond(target):
+        slot.put(slot.base)  # what is taken out altogether comes back in its order
+    _write(target, source)
 
 
 def _write(source: Arrangement, target: Arrangement) -> None:
@@ -151,15 +165,19 @@ def _write(source: Arrangement, target: Arrangement) -> None:
 
 def _leave_modes(arrangement: Arrangement) -> None:
     for slot, value in arrangement.modes:
-        slot.is_users |= slot.mapping[slot.key] is not value  # a mode that the user set is every adapter's from then on
-        if not slot.is_users:
+        slot.is_users |= slot.is_held and slot.mapping[slot.key] is not value  # the user's mode is every adapter's from then on
+        if slot.is_held and not slot.is_users:
             slot.put(slot.base)
+        slot.is_held = False
 
 
 def _enter_modes(arrangement: Arrangement) -> None:
+    # each step may be done again after an interrupt
     for slot, value in arrangement.modes:
         if not slot.is_users:
-            slot.base = slot.mapping[slot.key]
+            if not slot.is_held:
+                slot.base = slot.mapping[slot.key]
+                slot.is_held = True
             slot.put(value)
 
 
@@ -263,6 +281,8 @@ class Surveyor:
 
     def _arrangement(self, tuning: Tuning, found: dict[Slot, Any], originals: list[Any]) -> Arrangement:
         modes = {slot: value for slot, value in found.items() if slot.key == "training" and isinstance(value, bool)}
+        for slot in modes:
+            slot.is_held = True  # by enabling
         slots = [slot for slot in found if slot not in modes]
         parked: dict[Place, list[int]] = {}
         for at, slot in enumerate(slots):

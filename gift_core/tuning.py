@@ -8,7 +8,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,32 +19,30 @@ from gift_core.errors import ActionError, GiftError, GiftWarning, ModelError, No
 from gift_core.factories import site_name, writes_no_value
 from gift_core.guard import Guard
 from gift_core.info import Count, Report
-from gift_core.iterator import named_parameters_below, walk_modules
+from gift_core.iterator import Inventory, NamedTensor, walk_modules
 from gift_core.plan import PlannedAction, TuningPlan, parameters_at, plan_fine_tuning
 from gift_core.plugins import call_hooks
 from gift_core.record import (
+    RECORD_ATTRIBUTE,
     Original,
     Tuning,
     adopted_modules,
+    digest_of,
     find_tuning,
-    named_tensors,
     set_tuning,
-    structure_digest,
     tuned_root,
     tuning_of,
 )
-from gift_core.reparameterization import ENABLE_FIRST, adoptions_of, refresh_caches, set_merged
+from gift_core.reparameterization import ENABLE_FIRST, adoptions_of, is_adopted, refresh_caches, set_merged
 from gift_core.state_dict import classify_keys, install_hooks
 from gift_core.strategy import FineTuningStrategy, as_strategy
 from gift_core.structure import Snapshot, take_snapshot, undo
-
-NamedTensor = tuple[str, nn.Module, str, Tensor]
 
 #: An action, and the parameters that it answers for, each with whether it leaves them trainable.
 Wishes = tuple[PlannedAction, list[tuple[Tensor, bool]]]
 
 #: The most that is copied of the base at one time while actions run, unless one site alone has more: what fits into a cache.
-_GUARDED_BYTES = 2**20
+_GUARDED_BYTES = 2**19
 
 #: The models that are being enabled, by ``id``: each is alive meanwhile.
 _enabling: set[int] = set()
@@ -82,7 +80,7 @@ def enable_fine_tuning(
         strategy = as_strategy(fine_tuning_strategy)
         with _collector_paused():
             plan = plan_fine_tuning(module, strategy)
-            _refuse_untrainable(module)
+            _refuse_untrainable(plan.inventory)
         for text in plan.report.cautions:
             warnings.warn(text, GiftWarning, stacklevel=2)
         call_hooks("gift_before_enable", module=module, strategy=strategy, plan=plan)
@@ -93,16 +91,17 @@ def enable_fine_tuning(
 def _tune(plan: TuningPlan, replace_parameter_function: bool, trainable_state_dict: bool, keep_originals: bool) -> Report:
     module, strategy = plan.module, plan.strategy
     before = take_snapshot(module)
-    structure = structure_digest(module)
-    base = Base(list(named_tensors(module, buffers=False)), list(named_tensors(module, buffers=True)))
+    base = Inventory.of(module)
+    structure = digest_of(base)
     with _all_or_nothing(module, before):
         originals = _apply(plan, base, keep_originals)
-        _refuse_conflicts(module)
+        tuned = Inventory.of(module)
+        _refuse_conflicts(tuned)
         if replace_parameter_function:
             module.parameters = TrainableParameters(module)  # type: ignore[method-assign]
         if trainable_state_dict:
             install_hooks(module)
-        report = _completed(plan, module)
+        report = _completed(plan, tuned)
         tuning = Tuning(
             config=_config_of(strategy),
             strategy=repr(strategy),
@@ -112,7 +111,7 @@ def _tune(plan: TuningPlan, replace_parameter_function: bool, trainable_state_di
             flags=before.flags,
             originals=originals,
             has_originals=keep_originals or not any(parameter.requires_grad for _, _, _, parameter in base.parameters),
-            **classify_keys(module, base.ids()),
+            **classify_keys(tuned, base.ids()),
         )
         set_tuning(module, tuning)
         call_hooks("gift_after_enable", module=module, strategy=strategy, report=report)
@@ -199,16 +198,19 @@ def exchange_values(tuning: Tuning) -> None:
 
 
 class TrainableParameters:
-    """Stands in for ``module.parameters``: gives only the parameters that train.
+    """Stands in for ``module.parameters``: gives what tuning lets train, frozen just now or not, and what else trains now.
 
-    It holds its owner, so that a deep copy or a pickle of the model gives its own copy's parameters.
+    ``requires_grad_(False)`` can therefore be taken back by ``requires_grad_()``, which reaches the same parameters and none of the
+    frozen base. It holds its owner, so that a deep copy or a pickle of the model gives its own copy's parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        return (p for _, p in self.module.named_parameters(recurse=recurse) if p.requires_grad)
+        tuning = find_tuning(self.module)
+        trained = frozenset(tuning.trained if tuning is not None else ())
+        return (p for name, p in self.module.named_parameters(recurse=recurse) if p.requires_grad or name in trained)
 
 
 @contextlib.contextmanager
@@ -229,24 +231,22 @@ def _refuse_state(module: Any) -> None:
         return  # planning says it better
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
         raise ModelError(f"{type(module).__name__} wraps the model: call enable_fine_tuning on the model first, wrap it afterwards.")
-    for name, child in walk_modules(module):
-        if (tuning := find_tuning(child)) is not None:
-            where = f"its {name!r}" if name else "the model"
-            raise StateError(
-                f"{where} is tuned already, by {tuning.strategy}: call disable_fine_tuning first, or enable "
-                "merge_strategies([...]) of both at once."
-            )
+    for name, child in [(name, child) for name, child in walk_modules(module) if RECORD_ATTRIBUTE in child.__dict__]:
+        where = f"its {name!r}" if name else "the model"
+        raise StateError(
+            f"{where} is tuned already, by {tuning_of(child).strategy}: call disable_fine_tuning first, or enable "
+            "merge_strategies([...]) of both at once."
+        )
 
 
-def _refuse_untrainable(module: nn.Module) -> None:
-    for buffers in (False, True):
-        for key, _, _, tensor in named_tensors(module, buffers=buffers):
-            if is_sharded(tensor):
-                raise ModelError(f"{key!r} is sharded: {ENABLE_FIRST}")
-            if tensor.is_meta:
-                raise ModelError(f"{key!r} is on the meta device and has no values: load the base weights first (plans work without).")
-            if tensor.is_inference():
-                raise ModelError(f"{key!r} was made in torch.inference_mode() and cannot train: build or load the model outside of it.")
+def _refuse_untrainable(inventory: Inventory) -> None:
+    for key, _, _, tensor in (*inventory.parameters, *inventory.buffers):
+        if is_sharded(tensor):
+            raise ModelError(f"{key!r} is sharded: {ENABLE_FIRST}")
+        if tensor.is_meta:
+            raise ModelError(f"{key!r} is on the meta device and has no values: load the base weights first (plans work without).")
+        if tensor.is_inference():
+            raise ModelError(f"{key!r} was made in torch.inference_mode() and cannot train: build or load the model outside of it.")
 
 
 @contextlib.contextmanager
@@ -275,17 +275,7 @@ def _all_or_nothing(module: nn.Module, before: Snapshot) -> Iterator[None]:
         raise
 
 
-class Base(NamedTuple):
-    """The tensors that a model has before it is tuned, as `named_tensors` gives them."""
-
-    parameters: list[NamedTensor]
-    buffers: list[NamedTensor]
-
-    def ids(self) -> set[int]:
-        return {id(tensor) for _, _, _, tensor in (*self.parameters, *self.buffers)}
-
-
-def _apply(plan: TuningPlan, base: Base, keep_originals: bool) -> list[Original]:
+def _apply(plan: TuningPlan, base: Inventory, keep_originals: bool) -> list[Original]:
     originals = [Original(module, name, key, _copy(buffer), True) for key, module, name, buffer in _once(base.buffers)]
     flags = {id(parameter): parameter.requires_grad for _, _, _, parameter in base.parameters}
     for site in plan.frozen:
@@ -296,8 +286,8 @@ def _apply(plan: TuningPlan, base: Base, keep_originals: bool) -> list[Original]
             if parameter.requires_grad != trains:
                 _refuse_disagreement(action, trains)
     if keep_originals:
-        trained = (item for item in _once(base.parameters) if item[3].requires_grad)
-        originals += [Original(module, name, key, _copy(parameter), False) for key, module, name, parameter in trained]
+        trained = [item for item in base.parameters if item[3].requires_grad]
+        originals += [Original(module, name, key, _copy(parameter), False) for key, module, name, parameter in _once(trained)]
     return originals
 
 
@@ -351,9 +341,12 @@ def _act_guarded(portion: list[tuple[PlannedAction, list[Tensor]]], flags: dict[
 def _own_tensors(action: PlannedAction) -> list[Tensor]:
     if writes_no_value(action.cap.action):
         return []
-    modules = [module for _, module in walk_modules(action.site[4])]
     return [
-        tensor for module in modules for held in (module._parameters, module._buffers) for tensor in held.values() if tensor is not None
+        tensor
+        for _, module in walk_modules(action.site[4])
+        for held in (module._parameters, module._buffers)
+        for tensor in held.values()
+        if tensor is not None
     ]
 
 
@@ -380,20 +373,18 @@ def _act(action: PlannedAction, flags: dict[int, bool]) -> list[tuple[Tensor, bo
     return [(parameter, parameter.requires_grad) for parameter in answered_for]
 
 
-def _refuse_conflicts(module: nn.Module) -> None:
-    for name, adopted in adopted_modules(module):
-        for weight, _ in adoptions_of(adopted):
-            parameter = adopted._parameters[weight]
-            if parameter is not None and parameter.requires_grad:
-                raise SiteError(f"{name}.{weight} is adapted and trains itself as well: an action leaves what it adapts frozen.")
-    if not any(parameter.requires_grad for _, parameter in named_parameters_below(module)):
+def _refuse_conflicts(tuned: Inventory) -> None:
+    for key, module, name, parameter in tuned.parameters:
+        if parameter.requires_grad and is_adopted(module) and name in dict(adoptions_of(module)):
+            raise SiteError(f"{key} is adapted and trains itself as well: an action leaves what it adapts frozen.")
+    if not any(parameter.requires_grad for _, _, _, parameter in tuned.parameters):
         raise NoMatchError(
             "nothing would train: the actions of the strategy left every parameter frozen. Let one keep what is to train."
         )
 
 
-def _completed(plan: TuningPlan, module: nn.Module) -> Report:
-    parameters = list({id(parameter): parameter for _, parameter in named_parameters_below(module)}.values())
+def _completed(plan: TuningPlan, tuned: Inventory) -> Report:
+    parameters = tuned.own_parameters()
     trainable = Count.of(p for p in parameters if p.requires_grad)
     return dataclasses.replace(plan.report, after=Count.of(parameters), trainable=trainable)
 

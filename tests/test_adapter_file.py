@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -51,7 +52,7 @@ from gift_core import (
     save_adapter,
 )
 from gift_core.adapter_file import _base_digests, tensor_digest
-from gift_core.adapter_format import FORMAT, Description, decode, encode
+from gift_core.adapter_format import FORMAT, Description, Payload, decode, encode
 from gift_core.errors import (
     AdapterFileError,
     AdapterMismatchError,
@@ -90,10 +91,12 @@ def craft(
     description: Callable[[dict[str, Any]], object] = lambda description: None,
 ) -> None:
     """Change what a file holds and give it a digest that is right."""
-    info, content = decode(path)
+    info, found = decode(path)
+    content = dict(found.tensors)
     tensors(content)
     said = {key: value for key, value in info.to_dict().items() if key in Description.__dataclass_fields__}
-    _, start, payload = encode(Description(**said), content)
+    payload = Payload.of(content)
+    _, start = encode(Description(**said), payload)
     length = int.from_bytes(start[:8], "little")
     header = json.loads(start[8 : 8 + length])
     described = json.loads(header["__metadata__"][FORMAT])
@@ -102,7 +105,7 @@ def craft(
     description(described)
     header["__metadata__"][FORMAT] = json.dumps(described)
     text = json.dumps(header, separators=(",", ":")).encode()
-    data = len(text).to_bytes(8, "little") + text + payload.numpy().tobytes()
+    data = len(text).to_bytes(8, "little") + text + b"".join(payload.parts())
     place = data.index(header["__metadata__"]["digest"].encode())
     digest = hashlib.sha256(data[:place] + data[place + 64 :]).hexdigest()
     path.write_bytes(data[:place] + digest.encode() + data[place + 64 :])
@@ -729,7 +732,7 @@ def test_the_file_is_a_safetensors_file(path: Path) -> None:
         state = model.state_dict()
         assert read.keys() == state.keys()
         assert all(read[key].dtype == state[key].dtype and torch.equal(read[key], state[key]) for key in read)
-        assert all(torch.equal(value, read[key]) for key, value in decode(path)[1].items())
+        assert all(torch.equal(value, read[key]) for key, value in decode(path)[1].tensors.items())
 
 
 @pytest.mark.parametrize("layers", [60, 600])
@@ -770,6 +773,30 @@ def test_weights_are_digested_alike_alone_and_together(monkeypatch: pytest.Monke
 
 
 # --- digests
+
+
+def summed(weight: Tensor) -> str:
+    """A digest by its definition: SHA-256 over what a weight is, and the sums of its bits along columns and rows."""
+    numbers = weight.detach().clone(memory_format=torch.contiguous_format)
+    size = weight.element_size() // (2 if weight.is_complex() else 1)
+    bits = np.frombuffer(tensor_bytes(numbers), dtype="uint8" if size == 1 else f"int{8 * size}").astype(object)
+    matrix = bits.reshape(weight.shape[0], bits.size // weight.shape[0])
+    sums = np.concatenate([matrix.sum(0), matrix.sum(1)])
+    digest = hashlib.sha256()
+    for part in (f"{weight.dtype}{list(weight.shape)}".encode(), b"".join((int(each) % 2**64).to_bytes(8, "little") for each in sums)):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("stretch", [1, 100, 2**19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.uint8])
+def test_a_digest_is_what_it_is_said_to_be(dtype: torch.dtype, stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A digest is that of the sums along columns and rows, in how many steps they may be taken, and however the weight lies."""
+    monkeypatch.setattr("gift_core.adapter_file._STRETCH", stretch)
+    weights = [torch.randn(shape).mul(50).to(dtype) for shape in ((7, 5), (6, 3, 2, 2), (1, 9), (9, 1), (9,), (3, 0))]
+    weights += [weights[0].mT, torch.randn(4, 6).to(dtype)[:, ::2]]
+
+    assert [tensor_digest(weight) for weight in weights] == [summed(weight) for weight in weights]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int8])
@@ -882,3 +909,53 @@ def test_a_file_survives_a_strategy_that_gains_a_parameter(tmp_path: Path) -> No
 
     assert torch.equal(plain(x), old(x))
     assert torch.equal(tuned(x), old(x))
+
+
+class Nameless(FineTuningStrategy):
+    """A full update beside each linear weight, of a strategy that has no registered name."""
+
+    def __init__(self) -> None:
+        super().__init__([(is_instance(nn.Linear), reparameterize(Delta))])
+
+
+class EarlyName(Nameless):
+    """The same under a name."""
+
+    name = "a-name-of-no-package"
+
+
+class LateName(Nameless):
+    """The same under another name."""
+
+    name = "z-name-of-no-package"
+
+
+def test_a_file_without_a_strategys_name_fits_by_its_sites(tmp_path: Path) -> None:
+    """An adapter of a strategy without a name loads into a model tuned in the same way under a name, and the other way round."""
+    for saved, loaded in ((Nameless, EarlyName), (EarlyName, Nameless)):
+        save_adapter(source := tuned(mlp, saved()), path := tmp_path / "adapter.safetensors")
+        enable_fine_tuning(model := mlp(), loaded())
+
+        load_adapter(model, path)
+
+        assert torch.equal(model.eval()(x := input_for(mlp)), source(x))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(EarlyName, LateName), (LateName, EarlyName)])
+def test_another_strategys_name_is_told(saved: type[Nameless], loaded: type[Nameless], tmp_path: Path) -> None:
+    """A file of a strategy of another name is refused, and both names are told."""
+    save_adapter(tuned(mlp, saved()), path := tmp_path / "adapter.safetensors")
+    enable_fine_tuning(model := mlp(), loaded())
+
+    with refused(model, AdapterMismatchError, f"is tuned with {loaded.name!r}, the file was made with {saved.name!r}"):
+        load_adapter(model, path)
+
+
+def test_what_is_checked_is_said_by_name(tmp_path: Path) -> None:
+    """The model and the path may be given by name, and whether the base is checked only so."""
+    save_adapter(module=tuned(mlp, Nameless()), path=(path := tmp_path / "adapter.safetensors"))
+    enable_fine_tuning(model := mlp(), Nameless())
+
+    load_adapter(module=model, path=path, check_base=False)
+    with pytest.raises(TypeError, match="positional"):
+        load_adapter(model, path, False)  # type: ignore[misc]

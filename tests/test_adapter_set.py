@@ -36,6 +36,7 @@ from gift_core import (
     FineTuningStrategy,
     FullFineTuningStrategy,
     Reparameterization,
+    check_optimizer,
     disable_fine_tuning,
     enable_fine_tuning,
     full_state_dict,
@@ -47,8 +48,20 @@ from gift_core import (
     tuning_disabled,
     unmerge,
 )
-from gift_core.errors import AdapterFileError, AdapterMismatchError, AdapterNameError, GiftError, ModelError, NoMatchError, StateError
+from gift_core.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterNameError,
+    AdapterWriteError,
+    GiftError,
+    ModelError,
+    NoMatchError,
+    PatternError,
+    StateError,
+)
 from gift_core.factories import everything, is_instance, keep_trainable, name_is, parameter_name_is, reparameterize, replace_module
+from gift_core.record import set_tuning
+from gift_core.switching import Surveyor
 
 
 class Gain(Reparameterization):
@@ -705,6 +718,45 @@ def test_using_comes_back() -> None:
     assert adapters.active == "delta"
 
 
+def test_release_within_using_keeps_what_is_in_use() -> None:
+    """A set may end inside its own context: the model keeps the adapter that is in use there."""
+    adapters = adapters_of(mlp())
+    with adapters.using("gain") as model:
+        adapters.release()
+
+    assert check_optimizer(model, torch.optim.SGD(model.parameters())).ok
+    assert adapters.names == ()
+
+
+def test_parameters_within_tuning_disabled_are_refused() -> None:
+    """While tuning is switched off an adapter in use has nothing that trains, which must not become an optimizer of nothing."""
+    adapters = adapters_of(mlp())
+    with tuning_disabled(adapters.use("gain")), pytest.raises(StateError, match="tuning_disabled"):
+        adapters.parameters("gain")
+
+    assert adapters.parameters("gain")
+
+
+def test_a_tuned_model_that_cannot_be_taken_over_stays_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where making a set of a tuned model fails, as for lack of memory, the model keeps its adapter, bit for bit."""
+    model = mlp()
+    enable_fine_tuning(model, full())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Surveyor, "_swap", fail)
+    with pytest.raises(MemoryError):
+        AdapterSet(model, "mine")
+
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 # --- copies, files, looks
 
 
@@ -768,6 +820,33 @@ def test_files_round_trip(tmp_path: Path) -> None:
     assert torch.equal(alone(x), expected["head"])
 
 
+def test_a_folder_that_cannot_hold_all_is_refused(tmp_path: Path) -> None:
+    """A folder that cannot be made, and names that some file systems take for one, are errors by name; nothing is written."""
+    adapters = adapters_of(mlp())
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(AdapterWriteError, match=r"the folder .*file.* could not be made"):
+            adapters.save_all(folder)
+    adapters.add("GAIN", gain())
+    with pytest.raises(AdapterNameError, match="'gain' and 'GAIN' differ in case alone"):
+        adapters.save_all(tmp_path / "out")
+
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_layer_that_was_replaced_is_not_left_out_of_a_file(tmp_path: Path) -> None:
+    """What an adapter belongs to and is no longer in the model stops the saving, of a set's adapter and of an ordinary tuned model."""
+    adapters = adapters_of(model := mlp())
+    name, layer = next((name, child) for name, child in model.named_children() if isinstance(child, nn.Linear))
+    setattr(model, name, nn.Linear(layer.in_features, layer.out_features))
+    with pytest.raises(StateError, match=rf"not saved: {name}\..* left the model"):
+        adapters.save("gain", tmp_path / "gain.safetensors")
+    with pytest.raises(StateError, match="left the model"):
+        save_adapter(adapters.use("gain"), tmp_path / "gain.safetensors")
+
+    assert not list(tmp_path.iterdir())
+
+
 def test_adding_a_folder_is_all_or_nothing(tmp_path: Path) -> None:
     """If one file of a folder does not fit, none is added; a folder without adapters is an error."""
     adapters = AdapterSet(model := cnn())
@@ -799,6 +878,23 @@ def test_a_file_for_another_base_is_refused_unless_asked(tmp_path: Path) -> None
     others.add("a", tmp_path / "a.safetensors", check_base=False)
 
     assert others.names == ("a",)
+
+
+def test_a_regular_expression_of_a_file_is_run_where_it_is_trusted(tmp_path: Path) -> None:
+    """A file whose strategy has a regular expression is added when it is said to be trusted, alone and from a folder; else refused."""
+    enable_fine_tuning(model := cnn(), FullFineTuningStrategy("re:head"))
+    save_adapter(model, tmp_path / "mine.safetensors")
+    adapters = AdapterSet(cnn())
+
+    with pytest.raises(PatternError, match="trusted=True"):
+        adapters.add("mine", tmp_path / "mine.safetensors")
+    with pytest.raises(PatternError, match="trusted=True"):
+        adapters.add_all(tmp_path)
+    assert adapters.names == ()
+
+    adapters.add("alone", tmp_path / "mine.safetensors", trusted=True)
+    adapters.add_all(tmp_path, trusted=True)
+    assert adapters.names == ("alone", "mine")
 
 
 def test_what_it_looks_like() -> None:
@@ -891,3 +987,86 @@ def test_merged_strategies_switch(builder: Builder) -> None:
     adapters.use(None)
 
     assert fingerprint(model) == before
+
+
+def test_a_sharded_model_is_not_switched() -> None:
+    """Adapters of a model that is spread over processes are not exchanged; the refusal says what can be done."""
+
+    class DTensor(Tensor):
+        """Goes by the name of torch's."""
+
+    adapters = AdapterSet(model := mlp())
+    adapters.add("delta", delta())
+    model[0].weight = nn.Parameter(torch.zeros(8, 4).as_subclass(DTensor))
+
+    with pytest.raises(StateError, match=r"is sharded.*release\(\) it, or switch before fully_shard"):
+        adapters.use("delta")
+    assert adapters.active is None
+
+
+def test_the_one_in_use_is_marked_among_any_names() -> None:
+    """The mark stands at the adapter in use alone, whatever the others are called."""
+    adapters = adapters_of(mlp())
+    adapters.use("delta")
+
+    assert repr(adapters) == "AdapterSet(Sequential: delta (in use), gain, full)"
+
+
+def test_what_happened_outside_the_set_is_told_apart() -> None:
+    """A model that was tuned past its set, and one whose adapter was taken off, are refused in words of their own."""
+    adapters = adapters_of(model := mlp())
+    enable_fine_tuning(model, delta())
+    with pytest.raises(StateError, match="was tuned outside its set"):
+        adapters.use("gain")
+
+    adapters = adapters_of(model := mlp())
+    adapters.use("gain")
+    set_tuning(model, None)
+    with pytest.raises(StateError, match="was changed outside its set"):
+        adapters.use("delta")
+
+
+def test_a_bare_file_name_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text that ends in .safetensors is a file of the folder one is in; text without is the name of a strategy."""
+    enable_fine_tuning(source := mlp(), "full")
+    save_adapter(source, tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    adapters = AdapterSet(mlp())
+
+    adapters.add("file", "mine.safetensors")
+    adapters.add("strategy", "full")
+
+    assert adapters.names == ("file", "strategy")
+
+
+def test_a_tuned_model_of_an_unknown_strategy_can_be_taken_over() -> None:
+    """A strategy whose name no installed package provides has no form that could be built again: the set knows none, and works."""
+
+    class Elsewhere(FineTuningStrategy):
+        name = "of-no-installed-package"
+
+        def __init__(self) -> None:
+            super().__init__([(LINEAR, reparameterize(Delta))])
+
+    enable_fine_tuning(model := mlp(), Elsewhere())
+    adapters = AdapterSet(model, "first")
+
+    assert adapters.strategy("first") is None
+    assert adapters.active == "first"
+
+
+def test_an_adapter_that_cannot_be_taken_in_leaves_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory runs out when an adapter has been enabled, it is taken off again, and the set is as before."""
+    adapters = adapters_of(model := mlp())
+    before = fingerprint(model)
+
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("gift_core.switching.Surveyor.arrangement", out_of_memory)
+    with pytest.raises(MemoryError):
+        adapters.add("more", delta())
+
+    assert adapters.names == tuple(STRATEGIES)
+    assert fingerprint(model) == before
+    adapters.use("gain")

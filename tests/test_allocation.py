@@ -36,6 +36,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "an embedding": lambda: nn.Embedding(HUGE, 2),
     "pinned": lambda: torch.empty(HUGE, pin_memory=True),
     "on a device by name": lambda: torch.empty(HUGE, device="cpu"),
+    "on a device that is not there": lambda: torch.empty(HUGE, device="mps:7"),
 }
 
 

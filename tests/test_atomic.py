@@ -51,6 +51,27 @@ def test_failed_block_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
     assert (tmp_path / "saved").read_text() == "old"
 
 
+def test_the_content_is_on_the_disk_before_it_takes_the_files_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The complete content is forced to the disk before the rename, so that a power cut leaves the old file or the new one whole."""
+    events: list[tuple[str, str]] = []
+    force, rename = os.fsync, os.replace
+
+    def forced(handle: int) -> None:
+        force(handle)
+        events.append(("forced", os.pread(handle, 100, 0).decode()))
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append(("renamed", Path(source).read_text()))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with atomic_path(tmp_path / "saved") as temporary:
+        temporary.write_text("new")
+
+    assert events == [("forced", "new"), ("renamed", "new")]
+
+
 def test_a_link_is_written_through(tmp_path: Path) -> None:
     """Saving to a symbolic link, or a chain of them, replaces the file at its end; the links stay what they are."""
     (tmp_path / "runs").mkdir()

@@ -554,6 +554,19 @@ def test_merge_into_another_base_is_refused(gift: Gift, adapter: Path, tmp_path:
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_merge_runs_a_files_regular_expressions_where_it_is_trusted(gift: Gift, tmp_path: Path) -> None:
+    """An adapter whose strategy has a regular expression is merged with ``--trusted``; without, a message says so."""
+    enable_fine_tuning(model := _net(tmp_path), _full(["re:middle"]))  # type: ignore[arg-type]
+    save_adapter(model, path := tmp_path / "adapter.safetensors")
+
+    refused = gift("merge", "net.py:net", str(path), "-o", "out.safetensors")
+    assert refused.exit_code == 1 and "--trusted" in refused.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+
+    assert gift("merge", "net.py:net", str(path), "-o", "out.safetensors", "--trusted").exit_code == 0
+    assert_same(load_file(tmp_path / "out.safetensors"), dict(merge_and_unload(model).state_dict()))
+
+
 def test_merge_where_nothing_can_be_written(gift: Gift, adapter: Path) -> None:
     """A folder that is not there is a message, not a traceback."""
     result = gift("merge", "net.py:net", str(adapter), "-o", "gone/out.safetensors")

@@ -10,7 +10,7 @@ from models import ALL, Builder, Delta, Nested, cnn, fingerprint, mlp, nested, r
 from torch import nn
 
 from gift_core import FineTuningStrategy, ModuleSite, ParameterSite, plan_fine_tuning
-from gift_core.errors import CheckError, GiftError, ModelError, NoMatchError, SiteError
+from gift_core.errors import ActionError, CheckError, GiftError, ModelError, NoMatchError, SiteError
 from gift_core.factories import (
     class_is,
     everything,
@@ -18,6 +18,8 @@ from gift_core.factories import (
     is_instance,
     is_root,
     keep_trainable,
+    lies_in,
+    name_contains,
     name_is,
     parameter_name_is,
     reparameterize,
@@ -405,3 +407,78 @@ def test_the_plan_names_the_site_that_cannot_be_adapted() -> None:
 
     with refused(model, SiteError, "'1' (Linear)", "pissa", "rank 3"):
         plan_fine_tuning(model, LoRAAllFineTuningStrategy(rank=3, init="pissa"))
+
+
+def test_an_action_that_cannot_be_examined_is_named() -> None:
+    """What an action raises while it is asked about a site is an error of ours, with the action, its params and the site."""
+
+    class Picky:
+        def __call__(self, *site: Any, **params: Any) -> None: ...
+
+        def examine(self, *site: Any, rank: int) -> str | None:
+            return None
+
+        def __repr__(self) -> str:
+            return "picky"
+
+    with refused(model := mlp(), ActionError, "action picky with {'ranc': 2}", "at '0' (Linear)", "TypeError", "ranc"):
+        plan_fine_tuning(model, FineTuningStrategy([(class_is("Linear"), Picky(), {"ranc": 2})]))
+
+
+def test_what_matches_nothing_says_what_was_asked() -> None:
+    """The error repeats the rules that were tried, or says that there were none, and names the kinds that the model has."""
+    with pytest.raises(
+        NoMatchError, match=r"matches nothing in Sequential \(class_is\('Conv2d'\) -> .*\)\. The model has: Linear, ReLU"
+    ):
+        plan_fine_tuning(mlp(), FineTuningStrategy([(class_is("Conv2d"), nothing)]))
+    with pytest.raises(NoMatchError, match=r"\(it has no caps\)"):
+        plan_fine_tuning(mlp(), FineTuningStrategy())
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"), [(3, "so leave it out."), (4, "so leave it out; and 1 more."), (9, "so leave it out; and 6 more.")]
+)
+def test_of_many_sites_three_are_explained(layers: int, says: str) -> None:
+    """Where a name is of many sites that the strategy does not adapt, three are explained and the others counted."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({f"act{number}": nn.ReLU() for number in range(layers)}))
+
+    with pytest.raises(NoMatchError) as caught:
+        plan_fine_tuning(
+            model, FineTuningStrategy([(is_instance(nn.Linear), nothing), (name_contains("act") & class_is("X"), nothing)])
+        )
+
+    assert str(caught.value).count("is of no kind") == 3
+    assert str(caught.value).endswith(says)
+
+
+def test_a_name_of_parameters_alone_is_explained() -> None:
+    """A name that modules and parameters go by is explained at the modules; one that parameters alone go by, at these."""
+    of_parameters = [(is_instance(nn.ReLU), nothing), (parameter_name_is("bias") & class_is("X"), nothing)]
+    with pytest.raises(NoMatchError, match=r"adapts none of them: '2\.bias' \(Linear\) is of no kind") as caught:
+        plan_fine_tuning(mlp(), FineTuningStrategy(of_parameters))
+    assert "'0.bias' (Linear)" in str(caught.value)
+
+    of_both = [(is_instance(nn.ReLU), nothing), (lies_in("0") & class_is("X"), nothing)]
+    with pytest.raises(NoMatchError, match=r"adapts none of them: '0' \(Linear\) is of no kind that it adapts, so leave it out\.$"):
+        plan_fine_tuning(mlp(), FineTuningStrategy(of_both))
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("projektion", "Did you mean encoder.layers.0.projection?"),
+        ("decoder.projektion", "Did you mean encoder.layers.0.projection, "),
+        ("of.a.wholly.different.and.far.longer.name.projektion", "Did you mean encoder.layers.0.projection?"),
+        ("layers.0.projection", "write '*.layers.0.projection' (as in encoder.layers.0.projection)"),
+        ("zzz", "Names look like encoder, encoder.layers, encoder.layers.0."),
+    ],
+)
+def test_the_nearest_name_is_told(target: str, says: str) -> None:
+    """A name that matches nothing comes with the names nearest to it, by their last part too, or with how names look."""
+    layer = nn.ModuleDict({"projection": nn.Linear(2, 2, bias=False)})
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([layer])})})
+
+    with pytest.raises(NoMatchError) as caught:
+        plan_fine_tuning(model, LoRAAllFineTuningStrategy(targets=target))
+
+    assert says in str(caught.value)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import importlib_metadata
 import pytest
 
 from gift_core.errors import (
@@ -190,6 +193,50 @@ def test_many_distributions_are_all_found(install: Install) -> None:
         install(f"fake-{number}", f"fake{number} = m:A")
 
     assert {f"fake{number}" for number in range(500)} <= set(strategy_names())
+
+
+def test_what_was_read_is_kept_until_something_is_installed(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metadata is read once; what is installed, upgraded or removed later, or put on ``sys.path``, is seen."""
+    info, other = install("fake-dist", "fake = m:A"), install("other-dist", "other = m:A")
+    site = info.parent
+    monkeypatch.setattr(sys, "path", [str(site)])  # where nobody else installs anything meanwhile
+    read: list[str] = []
+    texts = importlib_metadata.PathDistribution.read_text
+    monkeypatch.setattr(importlib_metadata.PathDistribution, "read_text", lambda one, name: read.append(name) or texts(one, name))
+
+    def settled(seconds: int) -> None:
+        os.utime(site, (seconds, seconds))
+
+    settled(1000)
+    assert find_provider("fake").version == "1.0"
+    assert read
+
+    read.clear()
+    assert find_provider("fake").version == "1.0" and find_provider("other")
+    assert not read
+
+    shutil.rmtree(info)
+    install("fake-dist", "fake = m:A", version="2.0")
+    settled(1001)
+    assert find_provider("fake").version == "2.0"
+
+    shutil.rmtree(other)
+    settled(1002)
+    assert "other" not in strategy_names()
+
+    install("late-dist", "late = m:A", site=site.with_name("late"))
+    assert "late" not in strategy_names()
+    monkeypatch.syspath_prepend(str(site.with_name("late")))
+    assert "late" in strategy_names()
+
+
+def test_what_changes_just_now_is_read_each_time(install: Install) -> None:
+    """While something is being installed nothing is kept: a second change may carry the time of the first."""
+    info = install("fake-dist", "fake = m:A")
+    assert names_from("fake-dist") == ["fake"]
+    (info / "entry_points.txt").write_text("[gift.strategies]\nanother = m:A\n")
+
+    assert names_from("fake-dist") == ["another"]
 
 
 # --- finding and loading

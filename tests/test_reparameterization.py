@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from gift_core import Reparameterization, adopt, adopted_weight, enable_fine_tuning
 from gift_core.errors import ModelError, SiteError, StateError
 from gift_core.factories import everything, is_instance, is_root, parameter_name_is, reparameterize
-from gift_core.reparameterization import adoptions_of, original_class_of, set_merged
+from gift_core.reparameterization import adoptions_of, original_class_of, set_merged, trust_mesh, trusts_mesh
 from gift_core.strategy import FineTuningStrategy
 
 # --- two methods as someone else would write them, and what they mean in plain tensors
@@ -993,3 +993,21 @@ def test_a_complex_weight_is_adopted() -> None:
     adopt(layer, Scale, start=0.5)
 
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_mesh_is_trusted_by_itself_alone() -> None:
+    """An adopted layer computes with tensors sharded over the mesh that it was told of, and with those of no other."""
+
+    class DTensor(Tensor):
+        """Goes by the name of torch's."""
+
+    mine, others, plain = (torch.ones(2, 2).as_subclass(kind) for kind in (DTensor, DTensor, Tensor))
+    mine.device_mesh, others.device_mesh = "mine", "another"
+    layer = nn.Linear(2, 2)
+    assert not trusts_mesh(layer, mine)
+
+    adopt(layer, Scale)
+    layer._parameters["weight"] = mine
+    trust_mesh(layer)
+
+    assert [trusts_mesh(layer, tensor) for tensor in (mine, others, plain)] == [True, False, False]

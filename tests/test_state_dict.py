@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import ALL, Builder, Delta, cnn, embedding, fingerprint, input_for, nested, single, tensor_bytes, tied, train
+from models import ALL, Builder, Delta, cnn, embedding, fingerprint, input_for, mlp, nested, single, tensor_bytes, tied, train
 from torch import Tensor, nn
 
 from gift_core import (
@@ -485,6 +485,73 @@ def test_a_load_visits_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(model.conv.lora_B, state["conv.lora_B"])
 
 
+@pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.__name__)
+def test_the_short_way_of_assign_is_torchs(builder: Builder) -> None:
+    """With ``assign=True`` too: the same values, the given tensors in place, the same flags, and what is not given as it was."""
+    state = {key: value.clone() for key, value in tuned(builder).state_dict().items()}
+    short, long = tuned(builder, steps=0), tuned(builder, steps=0)
+    before = {key: parameter for key, parameter in short.named_parameters() if key not in state}
+
+    short.load_state_dict(state, assign=True)
+    type(long).load_state_dict(long, dict(state), assign=True)
+
+    held = short.state_dict(keep_vars=True)
+    assert values(short) == values(long)
+    # of a tensor under two keys, the one that was given last is in place
+    assert {held[key].data_ptr() for key in state} <= {value.data_ptr() for value in state.values()}
+    assert trained_keys(short) == trained_keys(long)
+    assert all(short.get_parameter(key) is parameter for key, parameter in before.items() if "weight" not in key)
+
+
+def test_assign_visits_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``assign=True`` calls none of torch's per-module loading either, for the trained part and for a whole checkpoint."""
+    checkpoint = {key: value + 1 for key, value in cnn().state_dict().items()}
+    model, state = tuned(), tuned(steps=1).state_dict()
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", lambda *_: pytest.fail("torch's own way"))
+
+    model.load_state_dict(state, assign=True)
+    model.load_state_dict(checkpoint, assign=True)
+
+    assert model.conv._parameters["weight"].data_ptr() == checkpoint["conv.weight"].data_ptr()
+    assert not model.conv._parameters["weight"].requires_grad
+    assert model.conv.lora_B.data_ptr() == state["conv.lora_B"].data_ptr()
+
+
+def test_assigning_nothing_in_the_place_of_a_buffer_that_moved() -> None:
+    """A buffer of the base that a state dict leaves out gets the base's value with ``assign=True``, and a memory of its own."""
+    model = tuned(nested, steps=0)
+    state = model.state_dict()
+    model.get_buffer("offset").add_(1)
+
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model.get_buffer("offset"), torch.zeros(4))
+    model.get_buffer("offset").add_(1)
+
+    assert torch.equal(disable_fine_tuning(model).get_buffer("offset"), torch.zeros(4))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_missing_state_of_a_layers_own(strict: bool) -> None:
+    """The state that a layer takes of its own is missed before anything is written, unless ``strict=False`` does without it."""
+
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(2, 2), Says())
+        enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1))
+        return model
+
+    model = build()
+    state = {key: torch.ones_like(value) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    before = values(model)
+
+    if strict:
+        with pytest.raises(StateDictError, match=r"missing: 1\._extra_state"):
+            model.load_state_dict(state)
+        assert values(model) == before
+    else:
+        assert model.load_state_dict(state, strict=False).missing_keys == ["1._extra_state"]
+        assert all(torch.equal(value, torch.ones_like(value)) for key, value in model.state_dict().items() if "lora" in key)
+
+
 class Says(nn.Module):
     """A layer with a state of its own."""
 
@@ -611,3 +678,30 @@ def test_a_checkpoint_that_holds_a_tied_tensor_once_is_a_whole_one() -> None:
     model.load_state_dict(state, strict=False)
 
     assert values(disable_fine_tuning(model)) == values(base)
+
+
+def test_a_users_hook_on_the_tuned_model_is_called() -> None:
+    """What a user hooks into saving or loading of the tuned model itself has its say, each alone and beside ours."""
+
+    def add(module: nn.Module, state: dict[str, Tensor], *_: object) -> None:
+        state["0.lora_A"] = torch.ones_like(module[0].lora_A)  # type: ignore[index, union-attr]
+
+    enable_fine_tuning(model := mlp(), "lora")
+    seen: list[str] = []
+    model.register_state_dict_pre_hook(lambda *_: seen.append("before saving"))
+    state = model.state_dict()
+    assert seen == ["before saving"]
+
+    enable_fine_tuning(model := mlp(), "lora")
+    model.register_state_dict_post_hook(lambda module, state, prefix, metadata: state.update(heard=torch.ones(1)))
+    assert "heard" in model.state_dict()
+
+    enable_fine_tuning(model := mlp(), "lora")
+    model.register_load_state_dict_pre_hook(add)
+    model.load_state_dict(state)
+    assert torch.equal(model[0].lora_A, torch.ones_like(model[0].lora_A))
+
+    enable_fine_tuning(model := mlp(), "lora")
+    model.register_load_state_dict_post_hook(lambda *_: seen.append("after loading"))
+    model.load_state_dict(state)
+    assert seen[-1] == "after loading"

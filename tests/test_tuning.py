@@ -151,13 +151,18 @@ def test_parameters_gives_what_trains(build: Builder, strategy: FineTuningStrate
 
 
 def test_parameters_follows_a_change_of_flags() -> None:
-    """parameters() looks at each call, so that a parameter frozen later is left out."""
+    """parameters() looks at each call: it gives what tuning lets train, also while it is frozen, and what is let train later."""
     model = mlp()
     enable_fine_tuning(model, DELTA)
 
     model[0].delta.requires_grad_(False)
+    model[2].bias.requires_grad_()
 
-    assert [id(p) for p in model.parameters()] == [id(model[2].delta)]
+    assert [id(p) for p in model.parameters()] == [id(model[0].delta), id(model[2].bias), id(model[2].delta)]
+
+    model[2].bias.requires_grad_(False)
+
+    assert [id(p) for p in model.parameters()] == [id(model[0].delta), id(model[2].delta)]
 
 
 def test_parameters_can_stay_as_it_is() -> None:

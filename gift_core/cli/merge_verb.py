@@ -22,7 +22,10 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("-o", "--output", required=True, type=_FILE, help="Where to write the weights, as safetensors.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-def command(model: str, adapter: Path, weights: Path | None, output: Path, force: bool) -> None:
+@click.option(
+    "--trusted", is_flag=True, help="ADAPTER is your own: run its regular expressions, and let it allocate more than it holds."
+)
+def command(model: str, adapter: Path, weights: Path | None, output: Path, force: bool, trusted: bool) -> None:
     """Merge an adapter into its base model.
 
     Loads the file ADAPTER into MODEL and writes all weights, under the model's own names.
@@ -38,7 +41,7 @@ def command(model: str, adapter: Path, weights: Path | None, output: Path, force
     module = build_model(model)
     if weights is not None:
         load_weights(module, weights)
-    load_adapter(module, adapter)
+    load_adapter(module, adapter, trusted=trusted)
     merge_and_unload(module)
     size = save_weights(module, output, force=force)
     click.echo(f"{output}: {len(module.state_dict())} tensors, {file_size(size)}")

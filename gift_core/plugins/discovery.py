@@ -10,6 +10,7 @@ import dataclasses
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -166,7 +167,27 @@ def _modified(entry: str) -> int:
         return 0
 
 
-def _read(group: str) -> tuple[list[Provider], list[BrokenEntry]]:
+_Found = tuple[list[Provider], list[BrokenEntry]]
+
+#: What was read of a group, and of what state of things.
+_kept: dict[str, tuple[object, _Found]] = {}
+#: A folder that changed within so many nanoseconds may change again without another time on it, as while something is installed.
+_SETTLED = 2 * 10**9
+
+
+def _read(group: str) -> _Found:
+    """What the distributions say, kept until something is installed or removed: reading hundreds of files takes milliseconds."""
+    path = path_state()
+    state = (path, tuple(map(id, sys.meta_path)))
+    was, found = _kept.get(group, (None, ([], [])))
+    if was != state:
+        found = _read_anew(group)
+        if max((modified for _, modified in path), default=0) + _SETTLED < time.time_ns():
+            _kept[group] = (state, found)
+    return found
+
+
+def _read_anew(group: str) -> _Found:
     found: dict[str, Provider] = {}
     broken: list[BrokenEntry] = []
     for entry in (entry for _, entries in _candidates(group) for entry in entries):

@@ -1,11 +1,13 @@
-"""Models sharded by FSDP2 and by tensor parallelism: two processes over gloo, on this machine alone."""
+"""Models sharded by FSDP2, by tensor parallelism and by both: two processes over gloo, on this machine alone."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from gift_core import (
     save_adapter,
     tuning_disabled,
 )
+from gift_core.distributed import write_whole
 from gift_core.errors import GiftError, SiteError, StateError
 from gift_core.factories import is_instance, reparameterize
 from gift_core.strategy import FineTuningStrategy
@@ -96,12 +99,24 @@ def trained(strategy: FineTuningStrategy | None = None) -> nn.Module:
     return model
 
 
-def sharded(model: nn.Module, world: int, **policy: Any) -> nn.Module:
-    """The model in the hands of FSDP2, layer by layer."""
+def line(world: int) -> Any:
+    """The processes in one dimension."""
     from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (world,))
+
+
+def grid(shape: tuple[int, int]) -> Any:
+    """The processes in two dimensions: by data, and by tensor parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+
+
+def sharded(model: nn.Module, mesh: Any, **policy: Any) -> nn.Module:
+    """The model in the hands of FSDP2, layer by layer."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (world,))
     for layer in model:  # type: ignore[attr-defined]
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=mesh, **policy)
@@ -109,16 +124,20 @@ def sharded(model: nn.Module, world: int, **policy: Any) -> nn.Module:
     return model
 
 
-def parallel(model: nn.Module, world: int) -> nn.Module:
+def parallel(model: nn.Module, mesh: Any) -> nn.Module:
     """The model under tensor parallelism: one layer sharded by its outputs, the next by its inputs."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     plan = {"1": ColwiseParallel(output_layouts=Replicate()), "4": RowwiseParallel(input_layouts=Replicate())}
     with plain_layers(model):
-        parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
+        parallelize_module(model, mesh, plan)
     return model
+
+
+def sharded_and_parallel(model: nn.Module, mesh: Any, **policy: Any) -> nn.Module:
+    """The model under both: tensor parallelism over one dimension of the mesh, FSDP2 over the other."""
+    return sharded(parallel(model, mesh["tp"]), mesh["dp"], **policy)
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:
@@ -143,20 +162,20 @@ def train_sharded(folder: Path, rank: int, world: int) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     half = tokens().chunk(world)[rank]
-    model = sharded(tuned(), world)
+    model = sharded(tuned(), line(world))
     train(model, half)
     torch.save(gathered(model), folder / f"fsdp-{rank}.pt")
     save_adapter(model, folder / "fsdp.safetensors")
-    other = sharded(tuned(), world)
+    other = sharded(tuned(), line(world))
     load_adapter(other, folder / "fsdp.safetensors")
     torch.save(gathered(other), folder / f"loaded-{rank}.pt")
     with full_state_dict(model):
         torch.save(list(model.state_dict()), folder / f"all-keys-{rank}.pt")
     calls = {
         "merge": lambda: merge(model),
-        "enable after sharding": lambda: enable_fine_tuning(sharded(base(), world), "lora"),
-        "load after sharding": lambda: load_adapter(sharded(base(), world), folder / "fsdp.safetensors"),
-        "train all after sharding": lambda: enable_fine_tuning(sharded(base(), world), "full"),
+        "enable after sharding": lambda: enable_fine_tuning(sharded(base(), line(world)), "lora"),
+        "load after sharding": lambda: load_adapter(sharded(base(), line(world)), folder / "fsdp.safetensors"),
+        "train all after sharding": lambda: enable_fine_tuning(sharded(base(), line(world)), "full"),
         "the base of a sharded model": lambda: tuning_disabled(model).__enter__(),
         "an unwritable path": lambda: save_adapter(model, folder / "absent" / "fsdp.safetensors"),
         "sharding inside plain_layers": lambda: _shard_inside(world),
@@ -165,7 +184,7 @@ def train_sharded(folder: Path, rank: int, world: int) -> None:
     torch.save({name: refusal(call) for name, call in calls.items()}, folder / f"refusals-{rank}.pt")
     disable_fine_tuning(model)
     torch.save(gathered(model), folder / f"disabled-{rank}.pt")
-    mixed = sharded(tuned(), world, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    mixed = sharded(tuned(), line(world), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     train(mixed, half)
     torch.save(gathered(mixed), folder / f"mixed-{rank}.pt")
 
@@ -173,7 +192,7 @@ def train_sharded(folder: Path, rank: int, world: int) -> None:
 def _shard_inside(world: int) -> None:
     model = tuned()
     with plain_layers(model):
-        sharded(model, world)
+        sharded(model, line(world))
 
 
 def _switch_sharded(world: int) -> None:
@@ -181,20 +200,86 @@ def _switch_sharded(world: int) -> None:
     adapters.add("a", "lora-linear")
     adapters.add("b", "lora-linear")
     adapters.use("a")
-    sharded(adapters.model, world)
+    sharded(adapters.model, line(world))
     adapters.use("b")
 
 
 def train_parallel(folder: Path, rank: int, world: int) -> None:
     """Train under tensor parallelism with two kinds of method, save, and load."""
     for name, strategy in (("lora", None), ("scaled", SCALED)):
-        model = parallel(tuned(strategy), world)
+        model = parallel(tuned(strategy), line(world))
         train(model, tokens())
         torch.save(gathered(model), folder / f"{name}-{rank}.pt")
         save_adapter(model, folder / f"{name}.safetensors")
-        other = parallel(tuned(strategy), world)
+        other = parallel(tuned(strategy), line(world))
         load_adapter(other, folder / f"{name}.safetensors")
         torch.save(gathered(other), folder / f"{name}-loaded-{rank}.pt")
+
+
+#: Two processes as a grid: what either dimension does where the other has one process.
+GRIDS = {"by data": (2, 1), "by tensors": (1, 2)}
+
+
+def train_on_grids(folder: Path, rank: int, world: int) -> None:
+    """Train under FSDP2 over tensor parallelism with two kinds of method, save, load, and try what must be refused."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    for name, shape in GRIDS.items():
+        mesh = grid(shape)
+        part = tokens().chunk(shape[0])[mesh.get_local_rank("dp")]
+        for method, strategy in (("lora", None), ("scaled", SCALED)):
+            model, path = sharded_and_parallel(tuned(strategy), mesh), folder / f"{name} {method}.safetensors"
+            train(model, part)
+            torch.save(gathered(model), folder / f"{name} {method}-{rank}.pt")
+            save_adapter(model, path)
+            other = sharded_and_parallel(tuned(strategy), mesh)
+            load_adapter(other, path)
+            torch.save(gathered(other), folder / f"{name} {method} loaded-{rank}.pt")
+            disable_fine_tuning(model)
+            torch.save(gathered(model), folder / f"{name} {method} disabled-{rank}.pt")
+        mixed = sharded_and_parallel(tuned(), mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        train(mixed, part)
+        torch.save(gathered(mixed), folder / f"{name} mixed-{rank}.pt")
+        calls = {
+            "merge": lambda mesh=mesh: merge(sharded_and_parallel(tuned(), mesh)),
+            "the base": lambda mesh=mesh: tuning_disabled(sharded_and_parallel(tuned(), mesh)).__enter__(),
+            "the other order": lambda mesh=mesh: parallel(sharded(tuned(), mesh["dp"]), mesh["tp"]),
+            "enable afterwards": lambda mesh=mesh: enable_fine_tuning(sharded(base(), mesh["dp"]), "lora"),
+        }
+        torch.save({call: refusal(act) for call, act in calls.items()}, folder / f"{name} refusals-{rank}.pt")
+
+
+def train_as_threads(folder: Path) -> None:
+    """Train on a grid of two by two, whose processes are threads of this one, save nothing, load, and disable."""
+    from torch.testing._internal.distributed import multi_threaded_pg
+
+    multi_threaded_pg._install_threaded_pg()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    one_at_a_time = threading.Lock()  # the random generator is everyone's
+    store = dist.HashStore()
+
+    def work(rank: int) -> None:
+        dist.init_process_group("threaded", rank=rank, world_size=4, store=store)
+        try:
+            mesh = grid((2, 2))
+            with one_at_a_time:
+                model, other = tuned(), tuned()
+            model, other = sharded_and_parallel(model, mesh), sharded_and_parallel(other, mesh)
+            train(model, tokens().chunk(2)[mesh.get_local_rank("dp")])
+            state = gathered(model)
+            torch.save(state, folder / f"trained-{rank}.pt")
+            tensors = dict(other.named_parameters())
+            with torch.no_grad():
+                for key, value in state.items():
+                    write_whole(tensors[key], value)
+            torch.save(gathered(other), folder / f"loaded-{rank}.pt")
+            disable_fine_tuning(model)
+            torch.save(gathered(model), folder / f"disabled-{rank}.pt")
+        finally:
+            dist.destroy_process_group()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
 def checkpoint(folder: Path, rank: int, world: int) -> None:
@@ -203,7 +288,7 @@ def checkpoint(folder: Path, rank: int, world: int) -> None:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     step = int(sys.argv[5])
-    model = sharded(tuned(), world)
+    model = sharded(tuned(), line(world))
     if step:
         state = {"model": get_model_state_dict(model)}
         dcp.load(state, checkpoint_id=folder / str(step - 1))
@@ -218,12 +303,15 @@ def checkpoint(folder: Path, rank: int, world: int) -> None:
 
 def die_while_saving(folder: Path, rank: int, world: int) -> None:
     """Save once; then the last process dies when it is about to take part in saving again."""
-    model = sharded(tuned(), world)
+    model = sharded(tuned(), line(world))
     save_adapter(model, folder / "adapter.safetensors")
     train(model, tokens().chunk(world)[rank])
     if rank == world - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     save_adapter(model, folder / "adapter.safetensors")
+
+
+JOBS = (train_sharded, train_parallel, train_on_grids, checkpoint, die_while_saving)
 
 
 @contextlib.contextmanager
@@ -363,6 +451,68 @@ def test_files_of_tensor_parallel_models(name: str, tp: Path) -> None:
         assert_close(model.state_dict(), state, 0)
 
 
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes under FSDP2 over tensor parallelism left."""
+    return run_ranks(__file__, tmp_path_factory.mktemp("grids"), "train_on_grids")
+
+
+@pytest.mark.parametrize("method", ["lora", "scaled"])
+@pytest.mark.parametrize("shape", GRIDS)
+def test_both_at_once_train_as_one_process(shape: str, method: str, grids: Path) -> None:
+    """Two steps under FSDP2 over tensor parallelism are two steps of one process; files load there and into a whole base."""
+    strategy = None if method == "lora" else SCALED
+    expected, whole = trained(strategy).state_dict(), tuned(strategy)
+
+    load_adapter(whole, grids / f"{shape} {method}.safetensors")
+
+    for state, loaded in zip(load(grids, f"{shape} {method}"), load(grids, f"{shape} {method} loaded"), strict=True):
+        assert_close(state, expected, TOLERANCE)
+        assert_close(loaded, state, 0)
+        assert_close(whole.state_dict(), state, 0)
+    for state in load(grids, f"{shape} {method} disabled"):
+        assert_close(state, base().state_dict(), 0)
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+def test_both_at_once_with_mixed_precision(shape: str, grids: Path) -> None:
+    """With bfloat16 computation the adapter stays in float32, near what float32 gives."""
+    for state in load(grids, f"{shape} mixed"):
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert_close(state, trained().state_dict(), BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", GRIDS)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("merge", "save_adapter it and merge on one process"),
+        ("the base", "on a copy"),
+        ("the other order", "parallelize_module comes first, in plain_layers, and fully_shard afterwards"),
+        ("enable afterwards", "enable_fine_tuning on the whole model"),
+    ],
+)
+def test_what_cannot_be_done_under_both(call: str, words: str, shape: str, grids: Path) -> None:
+    """What cannot be done, the wrong order among it, is refused on every process, with the way that works."""
+    for refusals in load(grids, f"{shape} refusals"):
+        assert words in refusals[call], refusals[call]
+
+
+def test_two_by_two(tmp_path: Path) -> None:
+    """Where both dimensions split, also unevenly, training, loading and disabling do what one process does."""
+    pytest.importorskip("torch.testing._internal.distributed.multi_threaded_pg")
+
+    run_ranks(__file__, tmp_path, "train_as_threads", world=1)
+
+    for rank in range(4):
+        state, loaded, disabled = (
+            torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for name in ("trained", "loaded", "disabled")
+        )
+        assert_close(state, trained().state_dict(), TOLERANCE)
+        assert_close(loaded, state, 0)
+        assert_close(disabled, base().state_dict(), 0)
+
+
 def test_distributed_checkpoints_reshard(tmp_path: Path) -> None:
     """A distributed checkpoint of the trained part, saved by two processes, loads on one and then on two again, bit for bit."""
     for step, world in enumerate((2, 1, 2)):
@@ -391,5 +541,8 @@ def test_a_process_that_dies_while_saving(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     place, rank, world, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    with process_group(place, rank, world):
-        {work.__name__: work for work in (train_sharded, train_parallel, checkpoint, die_while_saving)}[job](place, rank, world)
+    if job == train_as_threads.__name__:
+        train_as_threads(place)
+    else:
+        with process_group(place, rank, world):
+            {work.__name__: work for work in JOBS}[job](place, rank, world)

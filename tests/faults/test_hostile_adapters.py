@@ -28,7 +28,7 @@ from gift_core import (
     save_adapter,
 )
 from gift_core.cli import main
-from gift_core.errors import AdapterMismatchError, GiftError, PatternError
+from gift_core.errors import AdapterMismatchError, GiftError, PatternError, StateDictError
 
 pytestmark = [pytest.mark.usefixtures("low_rank"), pytest.mark.filterwarnings("ignore::gift_core.errors.GiftWarning")]
 
@@ -245,6 +245,7 @@ def named(key: str) -> nn.Module:
 
 
 TERMINAL = "\x1b[2J\x1b]0;owned\x07\r\n\u202e\u2066"
+OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 
 
 def test_what_a_file_says_is_shown_and_not_obeyed(tmp_path: Path) -> None:
@@ -265,7 +266,38 @@ def test_what_a_file_says_is_shown_and_not_obeyed(tmp_path: Path) -> None:
         load_adapter(cnn(), tmp_path / "adapter")
 
     for text in (shown, str(caught.value)):
-        assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text), ascii(text)
+        assert not OBEYED.search(text), ascii(text)
+
+
+def test_no_refusal_lets_a_file_speak_to_the_terminal(tmp_path: Path) -> None:
+    """A tensor's name, a parameter's, a strategy's text and a provider from a file are escaped in what is said of them."""
+
+    class Unnamed(LowRankStrategy):
+        def __repr__(self) -> str:
+            return TERMINAL
+
+        def to_config(self) -> None:  # type: ignore[override]
+            return None
+
+    enable_fine_tuning(unnamed := cnn(), Unnamed())
+    enable_fine_tuning(strange := named(TERMINAL + "\ud800"), "full")
+    enable_fine_tuning(target := named("plain"), "full")
+    files = [
+        (cnn(), unnamed, "text"),
+        (target, strange, "tensor"),
+        (target, cnn(), claimed(tmp_path / "claimed", recorded(**{TERMINAL: 1})).name),
+    ]
+
+    for model, saved, name in files:
+        if name != "claimed":
+            save_adapter(saved, tmp_path / name)
+        with pytest.raises(AdapterMismatchError) as caught:
+            load_adapter(model, tmp_path / name)
+        str(caught.value).encode()
+        assert not OBEYED.search(str(caught.value)), ascii(str(caught.value))
+    with pytest.raises(StateDictError) as told:
+        target.load_state_dict(strange.state_dict())
+    assert not OBEYED.search(str(told.value)), ascii(str(told.value))
 
 
 # --- a file of another method cannot reach the base

@@ -16,17 +16,23 @@ import torch
 from fault_table import RecordFaults
 from low_rank import LowRankStrategy
 from models import cnn, fingerprint, input_for, train
+from test_adapter_versions import DATA, Net
 
 from gift_core import enable_fine_tuning, load_adapter, read_adapter_info, save_adapter
 from gift_core.errors import AdapterFileError
 
 CASES = 20_000
+#: Every so many-th of them is a file of format version 1, whose digest is over what it means.
+VERSION_1_EVERY = 10
 
 #: Python objects while a file is read take at most this many times the file's size and a constant; both are measured below.
 MEMORY_MULTIPLE = 40
 MEMORY_CONSTANT = 2**19
 #: All that the process grows by over the whole run, torch's and safetensors' memory included.
 PROCESS_GROWTH = 64 * 2**20
+
+#: A sound file of version 1, for `Net`.
+VERSION_1 = DATA / "adapter_v1_full.safetensors"
 
 Mutation = Callable[[random.Random, bytearray], None]
 
@@ -124,15 +130,16 @@ def adapter(tmp_path: Path, low_rank: type[LowRankStrategy]) -> Path:
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
 def test_no_damaged_file_is_taken(mutation: Mutation, adapter: Path, record_faults: RecordFaults) -> None:
     """A damaged file raises AdapterFileError, the model is as it was, and memory stays within a multiple of the file."""
-    original = adapter.read_bytes()
-    model = cnn()
+    files = [(VERSION_1.read_bytes(), Net())] + [(adapter.read_bytes(), cnn())] * (VERSION_1_EVERY - 1)
     load_adapter(cnn(), adapter)  # what is loaded once, is loaded
-    before, grown = fingerprint(model), process_memory()
+    load_adapter(Net(), VERSION_1)
+    before, grown = [fingerprint(model) for _, model in files], process_memory()
     silent, foreign, greedy = [], [], []
 
     tracemalloc.start()
     try:
         for number in range(CASES // len(MUTATIONS)):
+            original, model = files[number % len(files)]
             data = mutated(mutation, number, original)
             adapter.write_bytes(data)
             tracemalloc.reset_peak()
@@ -152,7 +159,8 @@ def test_no_damaged_file_is_taken(mutation: Mutation, adapter: Path, record_faul
     assert not greedy
     assert process_memory() - grown < PROCESS_GROWTH
     assert not foreign, foreign[:3]
-    record_faults("damaged adapter files", CASES // len(MUTATIONS), silent=len(silent), half=int(fingerprint(model) != before))
+    half = int([fingerprint(model) for _, model in files] != before)
+    record_faults("damaged adapter files", CASES // len(MUTATIONS), silent=len(silent), half=half)
 
 
 def mutated(mutation: Mutation, number: int, original: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,9 @@ from torch.func import functional_call, jacfwd, jacrev
 
 from gift_core import (
     AdapterSet,
+    FineTuningStrategy,
     FullFineTuningStrategy,
+    Reparameterization,
     check_optimizer,
     disable_fine_tuning,
     enable_fine_tuning,
@@ -25,6 +28,7 @@ from gift_core import (
     merged,
 )
 from gift_core.errors import SiteError, StateError
+from gift_core.factories import is_instance, reparameterize
 from gift_lora_plugin import LoRAAllFineTuningStrategy
 
 strategies = pytest.mark.parametrize("strategy", [LoRAAllFineTuningStrategy, LowRankStrategy], ids=["plugin", "plain"])
@@ -217,6 +221,123 @@ def test_letting_all_train_leaves_the_base_frozen(strategy: Any) -> None:
     assert check_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1)).ok
     disable_fine_tuning(model)
     assert fingerprint(model) == before
+
+
+def _by_the_model(model: nn.Module, flag: bool) -> None:
+    model.requires_grad_(flag)
+
+
+def _by_each_parameter(model: nn.Module, flag: bool) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad = flag
+
+
+freezers = pytest.mark.parametrize("let", [_by_the_model, _by_each_parameter], ids=["model", "each"])
+
+
+@strategies
+@freezers
+def test_freezing_for_a_while(strategy: Any, let: Callable[[nn.Module, bool], None]) -> None:
+    """Freezing a tuned model and letting it train again gives the trainable set back, and never the frozen base."""
+    model, inputs = mlp(), input_for(mlp)
+    enable_fine_tuning(model, strategy(rank=2))
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    given, keys = list(map(id, model.parameters())), list(model.state_dict())
+
+    let(model, False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    meanwhile = list(map(id, model.parameters())), list(model.state_dict())
+    copied = copy.deepcopy(model)
+    let(model, True)
+    let(copied, True)
+
+    assert frozen == flags.keys()
+    assert not model(inputs).isnan().any()
+    assert meanwhile == (given, keys)
+    for one in (model, copied):
+        assert {name: parameter.requires_grad for name, parameter in one.named_parameters()} == flags
+
+
+@freezers
+def test_an_optimizer_made_while_frozen(let: Callable[[nn.Module, bool], None]) -> None:
+    """An optimizer made while the model is frozen holds what trains afterwards; meanwhile its steps move nothing."""
+    model, inputs = mlp(), input_for(mlp)
+    enable_fine_tuning(model, LowRankStrategy(rank=2))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+    let(model, False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer.step()
+
+    assert check_optimizer(model, optimizer).ok
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+    let(model, True)
+    model(inputs).square().mean().backward()
+    optimizer.step()
+
+    assert check_optimizer(model, optimizer).ok
+    assert not any(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items() if key.endswith("left"))
+
+
+def test_freezing_a_part_of_the_adapter() -> None:
+    """A tensor of the adapter that a user freezes stays where it is, may be in the optimizer or not, and trains when it is let."""
+    model, inputs = mlp(), input_for(mlp)
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=2))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("lora_B"))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+
+    model(inputs).square().mean().backward()
+    optimizer.step()
+
+    moved = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])]
+    assert moved == [key for key in before if key.endswith("lora_B")]
+    assert check_optimizer(model, optimizer).ok
+    assert check_optimizer(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)).ok
+
+
+class HalfFrozen(Reparameterization):
+    """A method with a parameter that it does not train."""
+
+    def init_parameters(self, weight: Tensor) -> None:
+        self.fixed = nn.Parameter(torch.ones_like(weight[:, :1]), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones_like(weight[:, :1]))
+
+    def reparameterize(self, weight: Tensor) -> Tensor:
+        return weight * self.scale * self.fixed
+
+
+def test_what_a_method_leaves_frozen_stays_so() -> None:
+    """A tensor of the adapter that the method itself leaves frozen is not let train by ``requires_grad_()``."""
+    model = mlp()
+    enable_fine_tuning(model, FineTuningStrategy([(is_instance(nn.Linear), reparameterize(HalfFrozen))]))
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    model.requires_grad_(False).requires_grad_()
+
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+
+
+def test_freezing_one_of_several_adapters() -> None:
+    """What is frozen under one adapter comes back with it, and is no other adapter's business."""
+    adapters = AdapterSet(mlp())
+    for name in ("a", "b"):
+        adapters.add(name, LowRankStrategy(rank=1))
+    first, second = adapters.parameters("a"), adapters.parameters("b")
+
+    adapters.use("a").requires_grad_(False)
+    adapters.use("b").requires_grad_()
+
+    assert all(parameter.requires_grad for parameter in second)
+    assert not any(parameter.requires_grad for parameter in first)
+    assert list(map(id, adapters.parameters("a"))) == list(map(id, first))
+
+    adapters.use("a").requires_grad_()
+
+    assert all(parameter.requires_grad for parameter in first)
+    assert all(parameter.requires_grad for parameter in adapters.use(None).parameters())
 
 
 @strategies

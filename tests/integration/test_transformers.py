@@ -125,7 +125,7 @@ def test_conv1d_of_gpt2_is_adapted_as_the_matrix_it_is() -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generated_tokens_stay_the_same(name: str) -> None:
     """A tuned model generates the same tokens unmerged, merged and unloaded: greedy, by beams, without the cache."""
-    model, plain = tune(subject(name), lora_alpha=8), subject(name).build()
+    model, plain = tune(subject(name), lora_alpha=128), subject(name).build()
     inputs = {key: value for key, value in MODELS[name][1].items() if key != "labels"}
 
     def generate(model: Any) -> list[Tensor]:
@@ -139,7 +139,7 @@ def test_generated_tokens_stay_the_same(name: str) -> None:
 
     for expected, *others in zip(unmerged, in_place, unloaded, strict=True):
         assert all(torch.equal(other, expected) for other in others)
-    assert not all(map(torch.equal, unmerged, generate(plain))) or name == "t5"
+    assert not any(map(torch.equal, unmerged, generate(plain)))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
