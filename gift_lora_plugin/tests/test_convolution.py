@@ -100,9 +100,10 @@ def test_dropout_is_of_the_input_of_the_update_alone():
 # channels in and out, side of the image, settings; where the taps of the thin convolution are, and whether the weight is built
 SIZES = {
     "taps on the thin image": (24, 24, 4, {}, "_TapsOnImage", False),
-    "weight": (4, 6, 12, {}, "_TapsOnImage", True),
+    "weight": (12, 12, 12, {}, "_TapsOnImage", True),
     "taps on the input": (2, 64, 8, {"stride": 4, "kernel_size": 4}, "_TapsOnInput", False),
     "weight, taps on the input": (2, 6, 12, {"stride": 2}, "_TapsOnInput", True),
+    "more taps than channels": (4, 24, 3, {}, "_TapsOnInput", False),
     "border beyond the kernel": (24, 24, 4, {"padding": 3}, "_TapsOnInput", False),
     "strided, dilated": (24, 24, 7, {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 2)}, "_TapsOnImage", False),
     "one tap": (24, 24, 3, {"kernel_size": 1}, "_OneTap", False),
@@ -174,14 +175,48 @@ def test_no_weight_of_full_size_is_kept(name):
     assert len(extra) <= 1
 
 
-def test_autocast():
-    """Under autocast the layer computes in the lower precision, as the frozen layer does, and gives float32 gradients."""
-    layer, tensors = of_size("taps on the thin image", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("forward_inside", [False, True])
+def test_autocast(name, forward_inside, backward_inside):
+    """Autocast around forward, backward or both: the layer gives the frozen layer's dtype, and float32 gradients near the oracle's."""
+    layer, tensors = of_size(name, torch.float32)
+    expected = with_gradients(oracle(layer, *tensors), tensors)
+    with torch.autocast("cpu", torch.bfloat16, enabled=forward_inside):
         output = tuned(layer, *tensors)
-        plain = oracle(layer, *tensors)
-    gradients = torch.autograd.grad(output.float().sum(), tensors)
+        plain = layer(tensors[0])
+    weights = torch.arange(output.numel(), dtype=torch.float64).cos().view(output.shape)
+    with torch.autocast("cpu", torch.bfloat16, enabled=backward_inside):
+        gradients = torch.autograd.grad((output * weights).sum(), tensors)
 
-    assert output.dtype == plain.dtype == torch.bfloat16
-    assert (output - plain).abs().max() <= 6e-2 * plain.abs().max()
+    assert output.dtype == plain.dtype
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    for mine, theirs in zip([output, *gradients], expected, strict=True):
+        assert (mine - theirs).abs().max() <= 6e-2 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_batched_gradients(name):
+    """Several backward passes at once, as `torch.autograd.functional.jacobian` batches them, give what one after another gives."""
+    layer, tensors = of_size(name, torch.float64)
+    output = tuned(layer, *tensors)
+    given = torch.randn(3, *output.shape, dtype=torch.float64)
+
+    batched = torch.autograd.grad(output, tensors, given, is_grads_batched=True, retain_graph=True)
+
+    each = [torch.autograd.grad(output, tensors, one, retain_graph=True) for one in given]
+    torch.testing.assert_close(batched, tuple(torch.stack(parts) for parts in zip(*each, strict=True)))
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("of_input", [torch.contiguous_format, torch.channels_last])
+def test_a_channels_last_weight_starts_as_the_layer(name, of_input):
+    """With B at zero the layer gives the frozen layer's bits in its strides, whatever the memory formats of input and weight."""
+    layer, (input, lora_A, lora_B) = of_size(name, torch.float32)
+    layer = layer.to(memory_format=torch.channels_last)
+    input = input.detach().contiguous(memory_format=of_input)
+    with torch.no_grad():
+        got, expected = tuned(layer, input, lora_A, torch.zeros_like(lora_B)), layer(input)
+
+    assert torch.equal(got, expected)
+    assert got.stride() == expected.stride()

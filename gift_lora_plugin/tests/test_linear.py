@@ -165,6 +165,59 @@ def test_the_choice_of_a_path():
     assert chosen(frozen_A) is chosen(trained_weight) is linear._reference
 
 
+@pytest.mark.parametrize("shape", [(6, 260), (6, 65), (65,), (2, 3, 260), ()])
+def test_a_wrong_width_is_refused(shape):
+    """An input whose last size is not the layer's gives torch's own error, never other rows."""
+    tensors = big()
+    tensors["input"] = torch.randn(shape, dtype=torch.float64)
+
+    with pytest.raises(RuntimeError, match=r"shapes cannot|size mismatch|at least 1D"):
+        low_rank_linear(*tensors.values(), SCALING)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of nested and sparse tensors being young
+def test_nested_and_sparse_inputs():
+    """What torch's linear map takes besides dense tensors, a layer of any size takes as well."""
+    tensors = big()
+    rows = torch.randn(5, 130, dtype=torch.float64)
+    expected = oracle(**tensors | {"input": rows})
+
+    nested = low_rank_linear(*(tensors | {"input": torch.nested.nested_tensor([rows[:2], rows[2:]])}).values(), SCALING)
+    sparse = low_rank_linear(*(tensors | {"input": rows.to_sparse_csr()}).values(), SCALING)
+
+    torch.testing.assert_close(torch.cat(nested.unbind()), expected)
+    torch.testing.assert_close(sparse, expected)
+
+
+def test_a_tiny_layer_exports_for_any_batch():
+    """A program for every batch size can be made of a layer whose way depends on the batch, and gives the same numbers."""
+    tensors = {name: tensor.detach() for name, tensor in draw(5).items()}
+    layer = torch.nn.Linear(6, 6).double()
+    layer.forward = lambda input: low_rank_linear(input, *list(tensors.values())[1:], SCALING)
+
+    program = torch.export.export(layer, (tensors["input"],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    many = torch.randn(3000, tensors["input"].shape[1], dtype=torch.float64)
+
+    torch.testing.assert_close(program.module()(many), oracle(**tensors | {"input": many}))
+
+
+@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("forward_inside", [False, True])
+def test_autocast_around_either_pass(forward_inside, backward_inside):
+    """Autocast around forward, backward or both gives float32 gradients near the formula's."""
+    tensors = {name: tensor.detach().float().requires_grad_(tensor.requires_grad) for name, tensor in big().items()}
+    wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    expected = torch.autograd.grad(oracle(**tensors).sum(), wanted)
+    with torch.autocast("cpu", torch.bfloat16, enabled=forward_inside):
+        output = low_rank_linear(*tensors.values(), SCALING)
+    with torch.autocast("cpu", torch.bfloat16, enabled=backward_inside):
+        gradients = torch.autograd.grad(output.float().sum(), wanted)
+
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    for mine, theirs in zip(gradients, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 6e-2 * theirs.abs().max()
+
+
 def test_a_trained_weight_gets_its_gradient():
     """A weight and a bias that train after all get the gradients of the effective weight."""
     tensors = big()

@@ -141,8 +141,9 @@ def _way(input: tuple[int, ...], weight: tuple[int, ...], rank: int, settings: _
     the input's gradient passes over the images, and over a thin image for each tap, which costs more than one product does. Hence the
     factors, which were measured. Dropout is of the update's input, and leaves no choice.
 
-    Taps multiply the input or a thin image, whichever has fewer numbers to multiply; a border that no thin image has is on the input,
-    and so are single taps of which the stride needs few, unless the thin image must be spread over the input's gradient.
+    Taps multiply the input or a thin image, whichever has fewer numbers to multiply, unless all taps of a thin image would hold more
+    numbers than two inputs; a border that no thin image has is on the input, and so are single taps of which the stride needs few,
+    unless the thin image must be spread over the input's gradient.
     """
     stride, padding, dilation = settings
     kernel, image = weight[2:], input[2:]
@@ -152,7 +153,8 @@ def _way(input: tuple[int, ...], weight: tuple[int, ...], rank: int, settings: _
     is_single = math.prod(kernel) == 1
     images = math.prod(input) + input[0] * weight[0] * math.prod(size)
     builds_weight = not dropout and math.prod(weight) * (3 if is_single else 1) * (1 if trains else 0.5) <= images
-    on_input = min(margin) < 0 or input[1] * math.prod(size) <= rank * math.prod(image)
+    taps = rank * math.prod(kernel)
+    on_input = min(margin) < 0 or input[1] * math.prod(size) <= rank * math.prod(image) or taps > 2 * input[1]
     if on_input or (is_single and builds_weight and size != dense):
         return _Way(settings, kernel, margin, size, dense, _TapsOnInput, builds_weight)
     return _Way(settings, kernel, margin, size, dense, _OneTap if is_single else _TapsOnImage, builds_weight)
@@ -191,25 +193,29 @@ class _LowRankConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, weight, lora_A, lora_B, bits, hidden = ctx.saved_tensors
-        mask = unpacked(bits, input)
-        needs_input, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        way: _Way = ctx.way
-        taps = _thin(input, mask, lora_A, way)
-        grad_thin = grad.flatten(2).to(lora_B.dtype)
-        spread = taps.spread(times(_product(lora_B.t(), grad_thin), ctx.scaling))
-        grad_input = grad_A = grad_B = None
-        if needs_B:
-            hidden = times(taps.hidden(), ctx.scaling) if way.builds_weight or torch.is_grad_enabled() else hidden
-            grad_B = torch.bmm(hidden, grad_thin.transpose(1, 2)).sum(0).t()
-        if needs_A:
-            grad_A = taps.grad_A(spread)
-        if needs_input:
-            by = _effective(weight, lora_A, lora_B, ctx.scaling) if way.builds_weight else weight
-            grad_input = _convolution_backward(grad, input, by, way.settings, of_input=True)
-            if not way.builds_weight:
-                taps.add_grad_input(grad_input, spread, mask)
-        return grad_input, None, None, grad_A, grad_B, None, None, None
+        with own_precision(grad.device.type):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    input, weight, lora_A, lora_B, bits, hidden = ctx.saved_tensors
+    needs_input, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+    mask, way = unpacked(bits, input), ctx.way
+    taps = _thin(input, mask, lora_A, way)
+    grad_thin = _pixels(grad).to(lora_B.dtype)
+    spread = taps.spread(times(_product(lora_B.t(), grad_thin), ctx.scaling))
+    grad_input = grad_A = grad_B = None
+    if needs_B:
+        hidden = times(taps.hidden(), ctx.scaling) if way.builds_weight or torch.is_grad_enabled() else hidden
+        grad_B = torch.bmm(hidden, grad_thin.transpose(1, 2)).sum(0).t()
+    if needs_A:
+        grad_A = taps.grad_A(spread)
+    if needs_input:
+        by = _effective(weight, lora_A, lora_B, ctx.scaling) if way.builds_weight else weight
+        grad_input = _convolution_backward(grad, input, by, way.settings, of_input=True)
+        if not way.builds_weight:
+            taps.add_grad_input(grad_input, spread, mask)
+    return grad_input, None, None, grad_A, grad_B, None, None, None
 
 
 def _convolution_backward(grad: Tensor, input: Tensor, weight: Tensor, settings: _Settings, *, of_input: bool) -> Tensor:
@@ -218,6 +224,16 @@ def _convolution_backward(grad: Tensor, input: Tensor, weight: Tensor, settings:
     gradients = torch.ops.aten.convolution_backward(grad, input, weight, None, *settings, False, [0, 0], 1, wanted)
     gradient: Tensor = gradients[0 if of_input else 1]
     return gradient
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """An image as ``(batch, channels, pixels)``, a view where memory allows; ``flatten`` cannot be batched in a backward pass."""
+    return image.reshape(*image.shape[:2], math.prod(image.shape[2:]))
+
+
+def _image(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The inverse of `_pixels`."""
+    return pixels.reshape(*pixels.shape[:2], *size)
 
 
 def _product(matrix: Tensor, images: Tensor) -> Tensor:
@@ -229,7 +245,7 @@ def _add_product(image: Tensor, matrix: Tensor, thin: Tensor, mask: Tensor | Non
     """Add a matrix times each thin image, ``(batch, channels, pixels)``, to an image in place."""
     is_view = image.is_contiguous() or image.is_contiguous(memory_format=torch.channels_last)
     if mask is None and image.dtype == thin.dtype and is_view:
-        image.flatten(2).baddbmm_(matrix.expand(thin.shape[0], -1, -1), thin)
+        _pixels(image).baddbmm_(matrix.expand(thin.shape[0], -1, -1), thin)
     else:
         image.add_(kept(_product(matrix, thin).view(image.shape), mask))
 
@@ -249,16 +265,16 @@ class _TapsOnInput:
     def hidden(self) -> Tensor:
         """The thin image, ``(batch, rank, pixels)``."""
         image: Tensor = F.conv2d(self.input, self.kernel, None, *self.way.settings)
-        return image.flatten(2)
+        return _pixels(image)
 
     def spread(self, grad_hidden: Tensor) -> Tensor:
         """The gradient of the thin image as the gradients below take it."""
-        image: Tensor = grad_hidden.unflatten(2, self.way.size)
-        return image
+        return _image(grad_hidden, self.way.size)
 
     def grad_A(self, spread: Tensor) -> Tensor:
         """The gradient of A."""
-        return _convolution_backward(spread, self.input, self.kernel, self.way.settings, of_input=False).flatten(1)
+        kernel = _convolution_backward(spread, self.input, self.kernel, self.way.settings, of_input=False)
+        return kernel.reshape(self.kernel.shape[0], -1)
 
     def add_grad_input(self, grad_input: Tensor, spread: Tensor, mask: Tensor | None) -> None:
         """Add the update's part to the gradient of the input, in place."""
@@ -270,7 +286,7 @@ class _OneTap:
     """The convolution by A where the kernel is a single number: a product with each pixel, thinned out by the stride afterwards."""
 
     def __init__(self, input: Tensor, lora_A: Tensor, way: _Way) -> None:
-        self.pixels, self.taps, self.way = input.flatten(2), lora_A, way
+        self.pixels, self.taps, self.way = _pixels(input), lora_A, way
 
     def hidden(self) -> Tensor:
         """The thin image, ``(batch, rank, pixels)``."""
@@ -282,8 +298,8 @@ class _OneTap:
         if way.size == way.dense:
             return grad_hidden
         dense = grad_hidden.new_zeros(*grad_hidden.shape[:2], *way.dense)
-        dense[:, :, :: way.settings[0][0], :: way.settings[0][1]] = grad_hidden.unflatten(2, way.size)
-        return dense.flatten(2)
+        dense[:, :, :: way.settings[0][0], :: way.settings[0][1]] = _image(grad_hidden, way.size)
+        return _pixels(dense)
 
     def grad_A(self, spread: Tensor) -> Tensor:
         """The gradient of A."""
@@ -297,8 +313,7 @@ class _OneTap:
         way = self.way
         if way.size == way.dense:
             return pixels
-        image: Tensor = pixels.unflatten(2, way.dense)
-        return image[:, :, :: way.settings[0][0], :: way.settings[0][1]].flatten(2)
+        return _pixels(_image(pixels, way.dense)[:, :, :: way.settings[0][0], :: way.settings[0][1]])
 
 
 class _TapsOnImage(_OneTap):
@@ -316,11 +331,11 @@ class _TapsOnImage(_OneTap):
     def hidden(self) -> Tensor:
         """The thin image, ``(batch, rank, pixels)``."""
         image: Tensor = F.fold(_product(self.taps, self.pixels), self.way.dense, *self.folding)
-        return self._at_stride(image.flatten(2))
+        return self._at_stride(_pixels(image))
 
     def spread(self, grad_hidden: Tensor) -> Tensor:
         """The gradient of each tap's product."""
-        return F.unfold(super().spread(grad_hidden).unflatten(2, self.way.dense), *self.folding)
+        return F.unfold(_image(super().spread(grad_hidden), self.way.dense), *self.folding)
 
     def grad_A(self, spread: Tensor) -> Tensor:
         """The gradient of A."""

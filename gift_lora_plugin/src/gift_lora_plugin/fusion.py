@@ -24,11 +24,12 @@ def may_fuse(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor,
     """Whether plain eager torch runs, on plain real tensors, with everything frozen but the input and the factors.
 
     It does not under `torch.compile` and `torch.export` (the compiler fuses better than we do), `torch.jit.trace`, `torch.func`
-    transforms, and forward-mode differentiation, on a device without kernels, and on tensor subclasses such as a DTensor.
+    transforms, and forward-mode differentiation, on a device without kernels, on nested and sparse inputs, and on tensor subclasses
+    such as a DTensor.
     """
     if torch.compiler.is_compiling() or _under_functorch() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    if getattr(forward_ad, "_current_level", -1) >= 0:
+    if getattr(forward_ad, "_current_level", 0) >= 0 or input.is_nested or input.layout is not torch.strided:
         return False
     tensors = (input, weight, lora_A, lora_B)
     if not all(type(tensor) in _PLAIN for tensor in tensors) or not input.is_floating_point() or not weight.is_floating_point():
@@ -46,7 +47,7 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def draw_mask(input: Tensor, dropout: float) -> Tensor | None:
-    """Which numbers of the input dropout keeps, one byte each, drawn as `torch.nn.functional.dropout` draws them; None for all."""
+    """Which numbers of the input dropout keeps, a byte each, drawn as `torch.nn.functional.dropout` draws on a CPU; None for all."""
     return torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse, packed, times, unpacked
-from gift_lora_plugin.lowrank import drop
+from gift_lora_plugin.lowrank import drop, own_precision
 
 #: Below these sizes a layer costs what its calls cost, not its arithmetic: numbers in the weight, and those times the tokens.
 _TINY_WEIGHT, _TINY_PRODUCT = 2**14, 2**20
@@ -49,18 +49,20 @@ def _path(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lo
     as the whole backward pass of the frozen layer, and one node for the layer beats autograd's many.
     """
     # with A frozen autograd keeps only the thin product, and both other paths would keep the input
-    if not lora_A.requires_grad and lora_B.requires_grad:
+    if not lora_A.requires_grad and torch.is_grad_enabled():
         return _reference
     if (
         not dropout
+        and not torch.compiler.is_compiling()  # a program for every batch cannot ask for the size of one
         and weight.is_contiguous()  # the effective weight is, and a transposed one runs other kernels
         and weight.numel() <= _TINY_WEIGHT
         and input.numel() * weight.shape[0] <= _TINY_PRODUCT
         and lora_A.dtype == weight.dtype
     ):
         return _by_effective_weight
-    # what survives dropout is scaled by 1 / (1 - dropout), which has no value where nothing does
-    return _fused if dropout < 1 and may_fuse(input, weight, bias, lora_A, lora_B) else _reference
+    # what survives dropout is scaled by 1 / (1 - dropout), which has no value where nothing does; and torch refuses a wrong width
+    fuses = dropout < 1 and may_fuse(input, weight, bias, lora_A, lora_B) and input.shape[-1:] == weight.shape[1:]
+    return _fused if fuses else _reference
 
 
 def _reference(
@@ -118,24 +120,28 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, weight, lora_A, lora_B, bits, hidden = ctx.saved_tensors
-        mask = unpacked(bits, input)
-        needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
-        grad = _rows(grad)
-        grad_thin = grad if grad.dtype == lora_B.dtype else grad.to(lora_B.dtype)
-        grad_hidden = times(lora_B.t() @ grad_thin.t(), ctx.scaling)
-        grad_input = grad_A = grad_B = None
-        if needs_input:
-            grad_input = grad @ weight
-            add_product(grad_input, grad_hidden.t(), lora_A, mask=None if mask is None else _rows(mask))
-            grad_input = grad_input.view(input.shape)
-        if needs_A:
-            grad_A = grad_hidden @ _thin_rows(input, mask, lora_A)
-        if needs_B:
-            if torch.is_grad_enabled():
-                hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), ctx.scaling)
-            grad_B = (hidden @ grad_thin).t()
-        return grad_input, None, None, grad_A, grad_B, None, None
+        with own_precision(grad.device.type):
+            return _gradients(ctx, _rows(grad))
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    input, weight, lora_A, lora_B, bits, hidden = ctx.saved_tensors
+    needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
+    mask = unpacked(bits, input)
+    grad_thin = grad if grad.dtype == lora_B.dtype else grad.to(lora_B.dtype)
+    grad_hidden = times(lora_B.t() @ grad_thin.t(), ctx.scaling)
+    grad_input = grad_A = grad_B = None
+    if needs_input:
+        grad_input = grad @ weight
+        add_product(grad_input, grad_hidden.t(), lora_A, mask=None if mask is None else _rows(mask))
+        grad_input = grad_input.view(input.shape)
+    if needs_A:
+        grad_A = grad_hidden @ _thin_rows(input, mask, lora_A)
+    if needs_B:
+        if torch.is_grad_enabled():
+            hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), ctx.scaling)
+        grad_B = (hidden @ grad_thin).t()
+    return grad_input, None, None, grad_A, grad_B, None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from gift_lora_plugin.convolution import low_rank_conv
 from gift_lora_plugin.initialization import FROM_WEIGHT, factors_of, kaiming_uniform, orthogonal
 from gift_lora_plugin.layouts import is_transformers_conv1d
 from gift_lora_plugin.linear import low_rank_linear
-from gift_lora_plugin.lowrank import drop, own_precision
+from gift_lora_plugin.lowrank import drop, in_memory_as, own_precision
 from gift_lora_plugin.settings import Settings, settings_of, shared_setting
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -162,7 +162,7 @@ class LoRA(Reparameterization):
         settings, layout = self.lora_settings, self.lora_settings.layout
         add = torch.addmm if layout.blocks is None else torch.baddbmm
         matrices = layout.matrices_of(weight.to(lora_B.dtype))
-        return layout.weight_with(weight, add(matrices, lora_B, lora_A, alpha=settings.scaling))
+        return in_memory_as(weight, layout.weight_with(weight, add(matrices, lora_B, lora_A, alpha=settings.scaling)))
 
     def _constant_direction(self, weight: Tensor) -> Tensor:
         lora_B, lora_A = self.factors()
@@ -183,7 +183,7 @@ class _LinearMap(LoRA):
     _holds_transposed = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map as the layer does, without building a weight that autograd keeps."""
+        """Map as the layer does, by the function that chooses the cheapest way for its shape."""
         _refuse_tracing(input)
         settings, layout = self.lora_settings, self.lora_settings.layout
         if layout.blocks is not None or layout.transposed is not self._holds_transposed:
@@ -218,7 +218,7 @@ class _LinearMap(LoRA):
 
 
 class LinearLoRA(_LinearMap):
-    """LoRA on `torch.nn.Linear`: two thin products on the input instead of a weight of full size."""
+    """LoRA on `torch.nn.Linear`: thin products on the input, or for tiny layers the effective weight, see `low_rank_linear`."""
 
     def _tuned(self, input: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
         lora_B, lora_A = self.factors()

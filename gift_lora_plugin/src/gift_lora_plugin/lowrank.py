@@ -50,7 +50,18 @@ def add_low_rank(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float)
     """The effective weight ``W + scaling * B A``, in one product that adds as it goes, in the dtype of the factors."""
     rows, columns = lora_B.shape[0], lora_A.shape[1]
     matrix = weight.reshape(rows, columns).to(lora_B.dtype)
-    return torch.addmm(matrix, lora_B, lora_A, alpha=scaling).view(weight.shape)
+    return in_memory_as(weight, torch.addmm(matrix, lora_B, lora_A, alpha=scaling).view(weight.shape))
+
+
+def in_memory_as(weight: Tensor, values: Tensor) -> Tensor:
+    """Values of the weight's shape, with their axes in memory in the order of the weight's: torch chooses its kernels by that."""
+    if values.stride() == weight.stride():
+        return values
+    order = sorted(range(weight.dim()), key=weight.stride().__getitem__, reverse=True)
+    ordered = values.permute(order).contiguous().permute(sorted(range(weight.dim()), key=order.__getitem__))
+    same = (size == 1 or mine == its for size, mine, its in zip(weight.shape, ordered.stride(), weight.stride(), strict=True))
+    # the stride of an axis of one element says nothing of memory, but counts in that choice too
+    return ordered.as_strided(weight.shape, weight.stride()) if all(same) else ordered
 
 
 def drop(input: Tensor, dropout: float) -> Tensor:
