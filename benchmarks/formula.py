@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.models import Model, is_transposed, targets
+from benchmarks.models import Model, is_plain_linear, is_transposed, targets
 from benchmarks.systems import Pairs, Setting, System, Unsupported
 
 #: The largest difference allowed in float64, of a loss or of a gradient, over the largest number in it.
@@ -67,8 +67,13 @@ def check(model: Model, kinds: Iterable[type[System]], **changes: Any) -> tuple[
 
 
 def setting_for(model: Model, base: nn.Module, **changes: Any) -> Setting:
-    """What is asked of every system on a model."""
-    return Setting(**{"targets": targets(model, base), "rank": model.rank, **changes})
+    """What is asked of every system on a model, spelt as a user would: no targets, last names that say the same, or all names."""
+    names = targets(model, base)
+    last = sorted({name.rpartition(".")[2] for name in names})
+    chosen = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in last}
+    endings = last if chosen == set(names) and all("." in name for name in names) else names
+    patterns = [f"*.{name}" for name in last] if endings is last else names
+    return Setting(names, model.rank, None if is_plain_linear(base, names) else patterns, endings, **changes)
 
 
 def fill(pairs: Pairs) -> Factors:

@@ -249,7 +249,7 @@ LARGE = (
     ),
 )
 
-#: Chosen before anyone saw how fast they are, and kept from whoever writes the fast paths.
+#: Chosen before anyone saw how fast they are.
 UNSEEN = (
     Model(
         "ConvNeXt",

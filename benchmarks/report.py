@@ -180,6 +180,7 @@ def _bars_table(measurements: Sequence[Measurement]) -> str:
         [
             verdict.bar.what,
             _spread(verdict.summary) if verdict.summary else "-",
+            str(verdict.summary.rounds) if verdict.summary else "-",
             f"{verdict.bar.bar:g}",
             "-" if verdict.bar.goal is None else f"{verdict.bar.goal:g}",
             verdict.word,
@@ -187,7 +188,7 @@ def _bars_table(measurements: Sequence[Measurement]) -> str:
         ]
         for verdict in verdicts(measurements)
     ]
-    return "### Bars\n\n" + _table(["GIFt", "median [quartiles]", "bar", "goal", "met", "the bar"], rows)
+    return "### Bars\n\n" + _table(["GIFt", "median [quartiles]", "rounds", "bar", "goal", "met", "the bar"], rows)
 
 
 def _over(reference: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import is_plain_linear, is_transposed
+from benchmarks.models import is_transposed
 
 #: The adapter's factors by layer: A ``(rank, columns)`` and B ``(rows, rank)``, either with further dimensions behind.
 Pairs = dict[str, tuple[nn.Parameter, nn.Parameter]]
@@ -33,12 +33,16 @@ class Setting:
     Attributes:
         targets: names of the layers to adapt.
         rank: of every layer; alpha is twice as much.
+        patterns: the targets as a user of GIFt writes them; None for all layers.
+        endings: the targets as a user of PEFT writes them.
         dropout: on the input of the update.
         float32_adapter: keep the adapter in float32 on a base of fewer bits.
     """
 
     targets: list[str]
     rank: int
+    patterns: list[str] | None
+    endings: list[str]
     dropout: float = 0.0
     float32_adapter: bool = False
 
@@ -126,11 +130,11 @@ class Gift(System):
         from gift_core.errors import GiftError
 
         try:
-            gift_core.enable_fine_tuning(model, self._strategy(model))
+            gift_core.enable_fine_tuning(model, self._strategy())
         except GiftError as error:
             raise Unsupported(_first_line(error)) from error
 
-    def _strategy(self, model: nn.Module) -> Any:
+    def _strategy(self) -> Any:
         from gift_lora_plugin import LoRAAllFineTuningStrategy
 
         setting = self.setting
@@ -140,7 +144,7 @@ class Gift(System):
                 rank=setting.rank,
                 lora_alpha=setting.alpha,
                 lora_dropout=setting.dropout,
-                targets=_shortest_targets(model, setting.targets, prefix="*."),
+                targets=setting.patterns,
                 conv_layout=self.conv_layout,
                 **policy,
             )
@@ -191,7 +195,7 @@ class Gift(System):
         adapters = gift_core.AdapterSet(self.module)
         names = [f"adapter{i}" for i in range(count)]
         for name in names:
-            adapters.add(name, self._strategy(self.module))
+            adapters.add(name, self._strategy())
         return lambda i: adapters.use(names[i])
 
 
@@ -213,14 +217,13 @@ class Peft(System):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about Conv1D, which it then handles
-            self.module = get_peft_model(model, self._config(model))
+            self.module = get_peft_model(model, self._config())
 
-    def _config(self, model: nn.Module) -> Any:
+    def _config(self) -> Any:
         from peft import LoraConfig
 
         setting = self.setting
-        chosen = _shortest_targets(model, setting.targets, prefix="") or ["fc"]
-        return LoraConfig(r=setting.rank, lora_alpha=setting.alpha, lora_dropout=setting.dropout, target_modules=chosen)
+        return LoraConfig(r=setting.rank, lora_alpha=setting.alpha, lora_dropout=setting.dropout, target_modules=setting.endings)
 
     def pairs(self) -> Pairs:
         layers: dict[str, Any] = {name: self.module.base_model.model.get_submodule(name) for name in self.setting.targets}
@@ -259,7 +262,7 @@ class Peft(System):
     def switcher(self, count: int) -> Callable[[int], object]:
         names = ["default", *(f"adapter{i}" for i in range(1, count))]
         for name in names[1:]:
-            self.module.add_adapter(name, self._config(self.module.base_model.model))
+            self.module.add_adapter(name, self._config())
         return lambda i: self.module.set_adapter(names[i])
 
 
@@ -356,7 +359,7 @@ class Lycoris(System):
 
         logging.getLogger("LyCORIS").setLevel(logging.ERROR)  # after the import, which sets it too
         setting = self.setting
-        if is_plain_linear(model, setting.targets):
+        if setting.patterns is None:
             LycorisNetwork.apply_preset({"target_module": ["Linear"], "target_name": []})
         else:
             LycorisNetwork.apply_preset({"target_module": [], "target_name": setting.targets})
@@ -412,15 +415,6 @@ def without_adapter(model: nn.Module, embedding: str | None) -> nn.Module:
     if embedding is not None:
         model.get_submodule(embedding).register_forward_hook(lambda _module, _args, output: output.requires_grad_())
     return model
-
-
-def _shortest_targets(model: nn.Module, names: list[str], prefix: str) -> list[str] | None:
-    """The targets as a user would write them: nothing, last names that say the same, or else every name."""
-    if prefix and is_plain_linear(model, names):
-        return None
-    last = sorted({name.rpartition(".")[2] for name in names})
-    chosen = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
-    return [prefix + name for name in last] if chosen == set(names) and all("." in name for name in names) else names
 
 
 def _switch_by_loading(system: System, count: int) -> Callable[[int], object]:
