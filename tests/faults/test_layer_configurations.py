@@ -28,10 +28,10 @@ Made = tuple[nn.Module, Tensor]
 
 @st.composite
 def linears(draw: st.DrawFn) -> Made:
-    """A Linear layer and an input of any number of dimensions, also an empty one."""
+    """A Linear layer, tiny or not, and an input of any number of dimensions, also an empty one."""
     shape = draw(st.lists(st.integers(0, 4), max_size=3))
-    columns = draw(st.integers(1, 9))
-    layer = nn.Linear(columns, draw(st.integers(1, 9)), bias=draw(st.booleans()))
+    columns = draw(st.sampled_from([*range(1, 10), 130]))
+    layer = nn.Linear(columns, 128 if columns == 130 else draw(st.integers(1, 9)), bias=draw(st.booleans()))
     return layer, torch.randn(*shape, columns)
 
 
@@ -51,8 +51,8 @@ def convolutions(draw: st.DrawFn) -> Made:
     if not transposed:
         options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     kind = (TRANSPOSED if transposed else CONVOLUTIONS)[dimensions - 1]
-    channels = groups * draw(st.integers(1, 3))
-    layer = kind(channels, groups * draw(st.integers(1, 3)), **numbers, **options)  # type: ignore[arg-type]
+    channels = groups * draw(st.sampled_from([1, 2, 3, 24]))  # with many, the weight is larger than the images
+    layer = kind(channels, channels if channels >= 24 else groups * draw(st.integers(1, 3)), **numbers, **options)  # type: ignore[arg-type]
     inputs = torch.randn(draw(st.integers(1, 3)), channels, *[6] * dimensions)
     formats = {2: torch.channels_last, 3: torch.channels_last_3d}
     if dimensions in formats and draw(st.booleans()):
