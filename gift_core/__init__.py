@@ -26,6 +26,7 @@ _HOME = {
     "plan": ("TuningPlan", "plan_fine_tuning"),
     "plugins": ("isolated_plugins", "plugin_settings", "register_plugin", "register_strategy"),
     "plugins.hooks": ("hookimpl",),
+    "reading": ("open_regular",),
     "reparameterization": ("Reparameterization", "adopt", "adopted_weight"),
     "state_dict": ("full_state_dict",),
     "strategy": ("FineTuningStrategy", "FullFineTuningStrategy", "merge_strategies", "strategy_from_config"),
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from gift_core.plan import TuningPlan, plan_fine_tuning
     from gift_core.plugins import isolated_plugins, plugin_settings, register_plugin, register_strategy
     from gift_core.plugins.hooks import hookimpl
+    from gift_core.reading import open_regular
     from gift_core.reparameterization import Reparameterization, adopt, adopted_weight
     from gift_core.state_dict import full_state_dict
     from gift_core.strategy import FineTuningStrategy, FullFineTuningStrategy, merge_strategies, strategy_from_config
@@ -89,6 +91,7 @@ __all__ = [
     "merge_and_unload",
     "merge_strategies",
     "merged",
+    "open_regular",
     "plain_layers",
     "plan_fine_tuning",
     "plugin_settings",

@@ -32,8 +32,9 @@ from gift_core.errors import (
     UnknownStrategyError,
     printable,
 )
+from gift_core.iterator import Inventory
 from gift_core.plugins import find_provider
-from gift_core.record import Tuning, adopted_modules, find_tuning, named_tensors, structure_digest, tuned_root, tuning_of
+from gift_core.record import Tuning, adopted_modules, find_tuning, structure_digest, tuned_root, tuning_of
 from gift_core.reparameterization import adoptions_of, method_name
 from gift_core.selection import no_regular_expressions
 from gift_core.state_dict import moved_buffers
@@ -205,7 +206,8 @@ def _stretch_on(device: torch.device) -> int:
 
 
 def _own_tensors(root: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor for buffers in (False, True) for key, _, _, tensor in named_tensors(root, buffers=buffers)}
+    held = Inventory.of(root)
+    return {key: tensor for tensors in (held.parameters, held.buffers) for key, _, _, tensor in tensors}
 
 
 def _adapter_tensors(tuning: Tuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -233,15 +235,15 @@ def _required_tensors(tuning: Tuning, own: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _describe(root: nn.Module) -> Description:
-    tuning = tuning_of(root)
+    tuning, adopted = tuning_of(root), list(adopted_modules(root))
     return Description(
         strategy=_as_data(tuning.config),
         strategy_text=tuning.strategy,
         provider=_provider(tuning.config),
         core_version=__version__,
-        sites=_sites(root),
+        sites=_sites(adopted),
         structure=tuning.structure,
-        base=_base_digests(root),
+        base=_base_digests(adopted),
     )
 
 
@@ -266,15 +268,15 @@ def _provider(config: Mapping[str, Any] | None) -> dict[str, str | None] | None:
     return {"distribution": found.distribution, "version": found.version}
 
 
-def _sites(root: nn.Module) -> dict[str, dict[str, str]]:
-    adopted = {name: adoptions_of(module) for name, module in adopted_modules(root)}
-    said = {adoptions: {weight: method_name(method) for weight, method in adoptions} for adoptions in set(adopted.values())}
-    return {name: said[adoptions].copy() for name, adoptions in adopted.items()}
+def _sites(adopted: Iterable[tuple[str, nn.Module]]) -> dict[str, dict[str, str]]:
+    found = {name: adoptions_of(module) for name, module in adopted}
+    said = {adoptions: {weight: method_name(method) for weight, method in adoptions} for adoptions in set(found.values())}
+    return {name: said[adoptions].copy() for name, adoptions in found.items()}
 
 
-def _base_digests(root: nn.Module) -> dict[str, str]:
+def _base_digests(adopted: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
     alike: dict[Any, dict[str, Tensor]] = {}
-    for name, module in adopted_modules(root):
+    for name, module in adopted:
         for weight, _ in adoptions_of(module):
             tensor = module._parameters[weight]
             assert tensor is not None  # adoption checked it
@@ -329,11 +331,11 @@ def _load_into(root: nn.Module, info: AdapterInfo, payload: Payload, check_base:
 
 
 def _mismatches(root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, payload: Payload, check_base: bool) -> list[str]:
-    tuning, tensors = tuning_of(root), payload.tensors
+    tuning, tensors, adopted = tuning_of(root), payload.tensors, list(adopted_modules(root))
     problems = [] if tuning.structure == info.structure else ["the base model has other names or shapes"]
     if tuning.config != info.strategy:
         problems += _config_differences(tuning.config, _as_read_today(info.strategy))
-    if (sites := _sites(root)) != info.sites:
+    if (sites := _sites(adopted)) != info.sites:
         only = [sorted(set(a) - set(b)) for a, b in ((info.sites, sites), (sites, info.sites))]
         problems.append(f"other sites are adapted: in the file alone {only[0] or 'none'}, in the model alone {only[1] or 'none'}")
     required = set(_required_tensors(tuning, own))
@@ -347,7 +349,7 @@ def _mismatches(root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, p
         if tensors[key].shape != own[key].shape
     ]
     problems += [f"{key} holds NaN" for key in _with_nan(payload, shared)]
-    return problems + (_other_base(_base_digests(root), info) if check_base and not problems else [])
+    return problems + (_other_base(_base_digests(adopted), info) if check_base and not problems else [])
 
 
 def _other_base(digests: Mapping[str, str], info: AdapterInfo) -> list[str]:

@@ -22,6 +22,7 @@ from safetensors.torch import load as _tensors_of_v1
 from torch import Tensor
 
 from gift_core.errors import AdapterFileError, AdapterNotFoundError, printable
+from gift_core.reading import open_regular
 
 FORMAT = "gift-adapter"
 FORMAT_VERSION = 2
@@ -311,12 +312,12 @@ def _info(written: Mapping[str, Any], digest: str, tensors: dict[str, dict[str, 
 
 def _memory_of(file: Path) -> Tensor:
     try:
-        with open(file, "rb") as handle:
+        with open_regular(file) as handle:
             memory = torch.empty(os.fstat(handle.fileno()).st_size, dtype=torch.uint8)
             return memory[: handle.readinto(memory.numpy().data)]
     except FileNotFoundError as error:
         raise AdapterNotFoundError(f"there is no adapter file at {file}: check the path.") from error
-    except (OSError, ValueError, RuntimeError) as error:  # a path that cannot be one, a file larger than the memory
+    except (OSError, RuntimeError) as error:  # no regular file, one larger than the memory
         raise AdapterFileError(f"{file} cannot be read: {error}.") from error
 
 

@@ -15,6 +15,29 @@ from gift_core.record import bits_of, same_bits
 
 _PLAIN = (Tensor, nn.Parameter)
 
+#: The most that is copied of the base at one time while actions run, unless one site alone has more: what fits into a cache.
+GUARDED_BYTES = 2**19
+
+#: What is read a second time, to be compared.
+_AGAIN = -1
+
+
+class Room:
+    """Memory for copies that one guard after another may use: to get it anew from the system takes longer than to copy."""
+
+    def __init__(self) -> None:
+        self._held: dict[object, Tensor] = {}
+
+    def stacked(self, use: int, tensors: list[Tensor]) -> Tensor:
+        """Dense tensors of one shape, dtype and device behind one another, in place of what had the same ``use`` before."""
+        size = len(tensors) * tensors[0].nbytes
+        if size > GUARDED_BYTES:
+            return torch.stack(tensors)
+        held = self._held.get(key := (use, tensors[0].device))
+        if held is None or held.nbytes < size:
+            held = self._held[key] = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+        return torch.stack(tensors, out=held[:size].view(tensors[0].dtype).view(len(tensors), *tensors[0].shape))
+
 
 class Guard:
     """Holds the values of some tensors, each once.
@@ -22,14 +45,16 @@ class Guard:
     Args:
         tensors: of any type, shape, dtype and device. Those that are no plain dense tensors are held by their version counter and a
             copy, because they have no bits that could be compared.
+        room: where the copies are kept; of guards with one room only the latest counts.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], room: Room | None = None) -> None:
+        self._room = room or Room()
         self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
         self._aliases = [tensor.detach() for tensor in self._tensors]
         self._versions = [tensor._version for tensor in self._tensors]
         self._groups = list(_alike(self._tensors))
-        self._values = [self._read(group) for group in self._groups]
+        self._values = [self._read(group, use) for use, group in enumerate(self._groups)]
 
     def written(self) -> list[Tensor]:
         """The tensors whose values, type or memory are not what they were."""
@@ -42,10 +67,10 @@ class Guard:
                 self._tensors[at].data = self._aliases[at]  # it may have been exchanged
                 self._aliases[at].copy_(value)
 
-    def _read(self, group: Sequence[int]) -> Tensor:
+    def _read(self, group: Sequence[int], use: int) -> Tensor:
         if len(group) == 1:
             return self._aliases[group[0]].clone()[None]
-        return torch.stack([self._aliases[at] for at in group])
+        return self._room.stacked(use, [self._aliases[at] for at in group])
 
     def _written(self) -> list[tuple[int, Tensor]]:
         return [item for group, values in zip(self._groups, self._values, strict=True) for item in self._written_of(group, values)]
@@ -55,7 +80,7 @@ class Guard:
         touched = {at for at in group if self._tensors[at]._version != self._versions[at]}
         if plain:
             touched |= {at for at in group if not _is_same_memory(self._tensors[at], self._aliases[at])}
-        if not touched and (not plain or not _differ(self._read(group), values)):
+        if not touched and (not plain or not _differ(self._read(group, _AGAIN), values)):
             return []
         return [
             (at, value) for at, value in zip(group, values, strict=True) if at in touched or not same_bits(self._aliases[at], value)

@@ -1,4 +1,4 @@
-"""Walking a model one level at a time, and the positional contracts of a site.
+"""Walking a model, one level at a time or all of it at once, and the positional contracts of a site.
 
 A site is a place in the model that a cap may match: a module under its parent, or a parameter of a module. Nothing here decides
 anything.

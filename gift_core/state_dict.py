@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping, Set
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -74,9 +75,9 @@ class LoadsTrainedPart:
 
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         root = self.root
-        _refuse_other_things(state_dict)
-        if _load_directly(root, tuning_of(root), state_dict, assign):
+        if isinstance(state_dict, Mapping) and _load_directly(root, tuning_of(root), state_dict, assign):
             return _IncompatibleKeys([], [])
+        _refuse_other_things(state_dict)
         if strict:
             modules = walk_modules(root)
             _refuse_half(_twins(_persistent(modules), state_dict.keys()), _extra_states(modules) - state_dict.keys())
@@ -98,7 +99,8 @@ def _is_plain(modules: list[tuple[str, nn.Module]], ways: tuple[set[str], tuple[
     methods, hooks = ways
     plain = {cls: all(_is_torchs(cls, name) for name in methods) for cls in {type(module) for _, module in modules}}
     states = [vars(module) for _, module in modules[1:]]
-    return all(plain.values()) and not any(state[hook] for hook in hooks for state in states) and all(map(methods.isdisjoint, states))
+    hooked = any(any(map(itemgetter(hook), states)) for hook in hooks)
+    return all(plain.values()) and not hooked and all(map(methods.isdisjoint, states))
 
 
 def _is_torchs(cls: type[nn.Module], name: str) -> bool:

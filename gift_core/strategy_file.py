@@ -34,6 +34,7 @@ from gift_core.errors import StrategyError, StrategyFileError, StrategyFileNotFo
 from gift_core.factories import Check
 from gift_core.plugins import did_you_mean, find_thing, load_strategy
 from gift_core.plugins.hook_plugins import CORE_NAMES
+from gift_core.reading import open_regular
 from gift_core.strategy import FineTuningStrategy, strategy_from_config
 
 #: A larger file is refused before it is parsed.
@@ -255,12 +256,12 @@ def _text(file: Path) -> str:
     if file.suffix not in SUFFIXES:
         raise StrategyFileError(f"{file} is no strategy file: its name ends in {' or '.join(SUFFIXES)}.")
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
         text = data.decode("utf-8")
     except FileNotFoundError as error:
         raise StrategyFileNotFoundError(f"there is no strategy file at {file}: check the path.") from error
-    except (OSError, ValueError) as error:  # a ValueError is about the encoding, or a path that cannot be one
+    except (OSError, ValueError) as error:  # a ValueError is about the encoding
         raise StrategyFileError(f"{file} cannot be read: {error}.") from error
     if len(data) > MAX_FILE_BYTES:
         raise StrategyFileError(f"{file} has more than {MAX_FILE_BYTES:,} bytes: no strategy is that long.")

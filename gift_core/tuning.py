@@ -17,7 +17,7 @@ from gift_core.caps import describe
 from gift_core.distributed import is_sharded, write_whole
 from gift_core.errors import ActionError, GiftError, GiftWarning, ModelError, NoMatchError, SiteError, StateError
 from gift_core.factories import site_name, writes_no_value
-from gift_core.guard import Guard
+from gift_core.guard import GUARDED_BYTES, Guard, Room
 from gift_core.info import Count, Report
 from gift_core.iterator import Inventory, NamedTensor, walk_modules
 from gift_core.plan import PlannedAction, TuningPlan, parameters_at, plan_fine_tuning
@@ -40,9 +40,6 @@ from gift_core.structure import Snapshot, take_snapshot, undo
 
 #: An action, and the parameters that it answers for, each with whether it leaves them trainable.
 Wishes = tuple[PlannedAction, list[tuple[Tensor, bool]]]
-
-#: The most that is copied of the base at one time while actions run, unless one site alone has more: what fits into a cache.
-_GUARDED_BYTES = 2**19
 
 #: The models that are being enabled, by ``id``: each is alive meanwhile.
 _enabling: set[int] = set()
@@ -280,7 +277,8 @@ def _apply(plan: TuningPlan, base: Inventory, keep_originals: bool) -> list[Orig
     flags = {id(parameter): parameter.requires_grad for _, _, _, parameter in base.parameters}
     for site in plan.frozen:
         site.parameter.requires_grad_(False)
-    done = [item for portion in _in_portions(plan.actions) for item in _act_guarded(portion, flags)]
+    room = Room()
+    done = [item for portion in _in_portions(plan.actions) for item in _act_guarded(portion, flags, room)]
     for action, wishes in done:
         for parameter, trains in wishes:
             if parameter.requires_grad != trains:
@@ -317,7 +315,7 @@ def _in_portions(actions: Iterable[PlannedAction]) -> Iterator[list[tuple[Planne
     for action in actions:
         own = _own_tensors(action)
         size += sum(tensor.nbytes for tensor in own)
-        if portion and size > _GUARDED_BYTES:
+        if portion and size > GUARDED_BYTES:
             yield portion
             portion, size = [], sum(tensor.nbytes for tensor in own)
         portion.append((action, own))
@@ -325,9 +323,9 @@ def _in_portions(actions: Iterable[PlannedAction]) -> Iterator[list[tuple[Planne
         yield portion
 
 
-def _act_guarded(portion: list[tuple[PlannedAction, list[Tensor]]], flags: dict[int, bool]) -> list[Wishes]:
+def _act_guarded(portion: list[tuple[PlannedAction, list[Tensor]]], flags: dict[int, bool], room: Room) -> list[Wishes]:
     """Run actions, and give for each what `_act` gives. What they wrote into the base is put back before an error leaves."""
-    guard = Guard(tensor for _, own in portion for tensor in own)
+    guard = Guard((tensor for _, own in portion for tensor in own), room)
     try:
         done = [(action, _act(action, flags)) for action, _ in portion]
         if written := {id(tensor) for tensor in guard.written()}:

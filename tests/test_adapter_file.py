@@ -64,6 +64,7 @@ from gift_core.errors import (
 )
 from gift_core.factories import is_instance, reparameterize
 from gift_core.plugins import isolated_plugins, load_strategy, register_strategy, unregister_strategy
+from gift_core.record import adopted_modules
 from gift_lora_plugin import LoRAAllFineTuningStrategy, LoRAConvFineTuningStrategy, LoRALinearFineTuningStrategy
 
 BOTH = merge_strategies(LoRALinearFineTuningStrategy(rank=2, targets="head"), FullFineTuningStrategy("conv"))
@@ -769,7 +770,7 @@ def test_weights_are_digested_alike_alone_and_together(monkeypatch: pytest.Monke
 
     for size in (0, 80, 2**22):
         monkeypatch.setattr("gift_core.adapter_file._STRETCH", size)
-        assert _base_digests(model) == alone
+        assert _base_digests(adopted_modules(model)) == alone
 
 
 # --- digests
@@ -959,3 +960,27 @@ def test_what_is_checked_is_said_by_name(tmp_path: Path) -> None:
     load_adapter(module=model, path=path, check_base=False)
     with pytest.raises(TypeError, match="positional"):
         load_adapter(model, path, False)  # type: ignore[misc]
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.bool, torch.bfloat16, torch.float16, torch.float64, torch.complex64], ids=str)
+def test_a_tensor_of_each_dtype_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    """What a method registers beside its parameters is saved and loaded in its own dtype, bit for bit."""
+
+    class Noted(Delta):
+        def init_parameters(self, weight: Tensor, **params: Any) -> None:
+            super().init_parameters(weight, **params)
+            self.register_buffer("note", torch.zeros(3, dtype=dtype))
+
+    strategy = FineTuningStrategy([(is_instance(nn.Linear), reparameterize(Noted))])
+    enable_fine_tuning(source := mlp(), strategy)
+    source[0].note += torch.tensor([0, 1, 1], dtype=dtype)
+    save_adapter(source, path := tmp_path / "adapter.safetensors")
+    enable_fine_tuning(model := mlp(), strategy)
+
+    load_adapter(model, path)
+
+    assert model[0].note.dtype is dtype
+    assert model[0].note.tolist() == [0, 1, 1]

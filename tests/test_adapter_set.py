@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
+import itertools
 import pickle
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +311,56 @@ def test_an_interrupted_switch_is_undone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {key: value for key, value in fingerprint(model).facts.items() if "_flat_weight" not in key} == {
         key: value for key, value in before.facts.items() if "_flat_weight" not in key
     }
+
+
+@pytest.mark.parametrize(("source", "target"), [(None, "gain"), ("gain", "modes"), ("modes", None), ("modes", "full")])
+def test_an_interrupt_at_any_line_leaves_one_of_the_two(source: str | None, target: str | None) -> None:
+    """Wherever a switch is interrupted, one of the two is in use, whole: values, order, flags, modes; and switching goes on."""
+    adapters = adapters_of(model := mlp())
+    adapters.add("modes", FineTuningStrategy([(is_instance(nn.ReLU), eval_mode), (LINEAR, reparameterize(Delta))]))
+    whole = {name: looks(adapters.use(name)) for name in (source, target)}
+    line, fired = 0, [None]
+    while fired:
+        line += 1
+        adapters.use(source)
+        with contextlib.suppress(KeyboardInterrupt), interrupted_at(line, ("switching.py", "adapter_set.py")) as fired:
+            adapters.use(target)
+
+        assert looks(model) == whole[adapters.active], f"after an interrupt at line {line} of the switch"
+
+    assert line > 50
+
+
+def eval_mode(*site: Any) -> None:
+    """An action that sets a mode."""
+    site[4].eval()
+
+
+def looks(model: nn.Module) -> list[Any]:
+    """What of a model a switch changes, in order."""
+    tensors = [*nn.Module.named_parameters(model), *model.named_buffers()]
+    values = [(key, tensor.requires_grad, tensor.tolist()) for key, tensor in tensors]
+    return [values, [(type(module), module.training) for module in model.modules()]]
+
+
+@contextlib.contextmanager
+def interrupted_at(line: int, files: tuple[str, ...]) -> Iterator[list[None]]:
+    """Raise a KeyboardInterrupt at the so-manieth line that runs in these files; gives a list that is empty until then."""
+    count, fired, before = itertools.count(1), [], sys.gettrace()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(files):
+            return None
+        if event == "line" and not fired and next(count) == line:
+            fired.append(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield fired
+    finally:
+        sys.settrace(before)
 
 
 def interrupt_once() -> Any:

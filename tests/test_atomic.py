@@ -147,3 +147,17 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
 
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {"saved", written.name, other.name, ".saved.mine.tmp", f"saved.{'0' * 32}.tmp"}
+
+
+def test_an_error_about_a_file_inside_stays_as_it_is(tmp_path: Path) -> None:
+    """Where a file written within the block cannot be written, the error that leaves is the one that names that file."""
+    with (
+        pytest.raises(AdapterWriteError, match=r"absent.inner could not be written") as caught,
+        atomic_path(tmp_path / "outer") as outer,
+    ):
+        outer.write_bytes(b"x")
+        with atomic_path(tmp_path / "absent" / "inner"):
+            pass
+
+    assert "outer could not" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

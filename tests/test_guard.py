@@ -78,25 +78,26 @@ class Packed(Tensor):
     """A tensor of a class of its own, as quantisers make them."""
 
 
-def test_a_write_into_a_packed_tensor_is_noticed_and_reversed() -> None:
+@pytest.mark.parametrize("pack", [lambda tensor: tensor.as_subclass(Packed), Tensor.to_sparse], ids=["subclass", "sparse"])
+def test_a_write_into_a_packed_tensor_is_noticed_and_reversed(pack: Callable[[Tensor], Tensor]) -> None:
     """A tensor that is not a plain one is known by its version: a write in place is named, and its values come back."""
-    tensors = [torch.arange(3.0).as_subclass(Packed), torch.arange(3.0).as_subclass(Packed)]
+    tensors = [pack(torch.arange(3.0)), pack(torch.arange(3.0))]
     guard = Guard(tensors)
     assert guard.written() == []
 
-    add_in_place(tensors[1])
+    tensors[1].mul_(2)
     written = guard.written()
     guard.put_back()
 
     assert len(written) == 1
     assert written[0] is tensors[1]
-    assert all(tensor.tolist() == [0.0, 1.0, 2.0] for tensor in tensors)
+    assert all((tensor.to_dense() if tensor.is_sparse else tensor).tolist() == [0.0, 1.0, 2.0] for tensor in tensors)
 
 
 def test_a_write_is_found_at_its_site_in_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many actions run under one guard, the site whose values changed is named and everything is put back."""
     for most in (0, 100, 2**19):
-        monkeypatch.setattr("gift_core.tuning._GUARDED_BYTES", most)
+        monkeypatch.setattr("gift_core.tuning.GUARDED_BYTES", most)
         model = mlp()
 
         def act(*site: Any) -> None:

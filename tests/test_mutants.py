@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("cosmic_ray", reason="needs cosmic-ray: pip install -e '.[checks]'")
 
-from mutants import TESTS, files, page, survivors, table
+from mutants import BAR, ENOUGH, PAGE, TESTS, files, page, survivors, table
 from mutations import change, meaning, places, sample
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +148,7 @@ def test_every_module_has_tests_that_exist() -> None:
 PROBE = """
 import sys
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +194,17 @@ def test_tests_run_against_the_copy_alone(tmp_path: Path) -> None:
         "broken False tests/test_broken.py",
     ], done.stderr
     assert "another gift_core than that in" in done.stdout.splitlines()[4]
+
+
+def test_the_page_says_enough() -> None:
+    """docs/mutants.md has counts that add up, enough of them, over the bar, and a reason for each survivor."""
+    text = PAGE.read_text(encoding="utf-8").split("## Result")[1]
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    counts = {name: [int(number) for number in numbers] for name, *numbers in rows}
+    tried, killed, survived = counts.pop("all")
+    listed = [line for line in text.splitlines() if line.startswith("- `") and "` → `" in line]
+
+    assert set(counts) <= set(TESTS)
+    assert [tried, killed, survived] == [sum(column) for column in zip(*counts.values(), strict=True)]
+    assert tried >= ENOUGH and 100 * killed >= BAR * tried and survived == len(listed)
+    assert not [line for line in listed if "Not looked at" in line or len(line.split("`. ", 1)[1]) < 20]

@@ -1011,3 +1011,18 @@ def test_a_mesh_is_trusted_by_itself_alone() -> None:
     trust_mesh(layer)
 
     assert [trusts_mesh(layer, tensor) for tensor in (mine, others, plain)] == [True, False, False]
+
+
+def test_what_a_user_set_on_a_layer_is_no_overwriting() -> None:
+    """The refusal of a method that overwrites names what the method overwrote, not what stood on the layer before."""
+
+    class Greedy(Scale):
+        def init_parameters(self, weight: Tensor, **params: Any) -> None:
+            super().init_parameters(weight, **params)
+            self.in_features = 99
+
+    layer = nn.Linear(2, 2)
+    layer.extra_repr = lambda: "mine"  # type: ignore[method-assign]
+
+    with pytest.raises(SiteError, match="Greedy overwrites in_features of the layer"):
+        adopt(layer, Greedy)

@@ -705,3 +705,28 @@ def test_a_users_hook_on_the_tuned_model_is_called() -> None:
     model.register_load_state_dict_post_hook(lambda *_: seen.append("after loading"))
     model.load_state_dict(state)
     assert seen[-1] == "after loading"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_another_dtype_is_converted(dtype: torch.dtype) -> None:
+    """A state dict in another precision loads as torch loads it, in the model's own; one of complex numbers does not fit real ones."""
+    enable_fine_tuning(model := mlp(), "lora")
+    given = {key: torch.full_like(tensor, 0.3).to(dtype) for key, tensor in model.state_dict().items()}
+
+    model.load_state_dict(given)
+
+    state = model.state_dict()
+    assert all(tensor.dtype is torch.float32 and torch.equal(tensor, given[key].float()) for key, tensor in state.items())
+    with pytest.raises(StateDictError, match="wrong dtype"):
+        model.load_state_dict({key: tensor.to(torch.complex64) for key, tensor in state.items()})
+
+
+def test_a_layout_that_does_not_fit_is_told() -> None:
+    """A sparse or a nested tensor in a state dict is refused with the key and with what it is."""
+    enable_fine_tuning(model := mlp(), "lora")
+    state = model.state_dict()
+    nested_tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+    for tensor, what in ((state["0.lora_A"].to_sparse(), "torch.sparse_coo"), (nested_tensor, "nested")):
+        with pytest.raises(StateDictError, match=rf"no dense tensor: 0\.lora_A: layout {what} given"):
+            model.load_state_dict(state | {"0.lora_A": tensor})

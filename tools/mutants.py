@@ -163,7 +163,7 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 def survivors(results: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[str]:
     """Each survivor as a line of Markdown, without its reason."""
     return [
-        f"- `{module}{'.' if one['function'] else ''}{one['function']}`: `{one['before']}` → `{one['after'] or ' '}`"
+        f"- `{module}{'.' if one['function'] else ''}{one['function']}`: `{one['before']}` → `{one['after'] or 'nothing'}`"
         for module, found in results.items()
         for one in found
         if not one["killed"]

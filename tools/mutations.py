@@ -178,9 +178,9 @@ def _shown(text: str, start: int, end: int) -> str:
     """A stretch of a text with whole words of its line around it."""
     before, after = text[:start].rpartition("\n")[2], text[end:].partition("\n")[0]
     if len(before) > _AROUND:
-        before = "… " + before[-_AROUND:].partition(" ")[2]
+        before = "… " + (before[-_AROUND:].partition(" ")[2].lstrip() or before[-_AROUND:])
     if len(after) > _AROUND:
-        after = after[:_AROUND].rpartition(" ")[0] + " …"
+        after = (after[:_AROUND].rpartition(" ")[0] or after[:_AROUND]) + " …"
     return (before + text[start:end] + after).strip()
 
 

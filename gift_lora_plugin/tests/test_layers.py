@@ -30,7 +30,7 @@ from gift_core import (
     tuning_disabled,
     unmerge,
 )
-from gift_core.errors import GiftError, GiftWarning, NoMatchError, SiteError
+from gift_core.errors import GiftError, NoMatchError, SiteError
 from gift_lora_plugin import LoRAAllFineTuningStrategy
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -386,12 +386,6 @@ def test_dropout_that_has_no_place_is_refused_by_name(build: Callable[[], nn.Mod
 
     assert plan_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1, lora_dropout=0.1, exclude="1")).actions
     assert len(plan_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1, lora_dropout=0.1, dropout_pattern={"1": 0})).actions) > 1
-
-
-def test_dropout_on_attention_is_told() -> None:
-    """Where attention reads the weight, dropout has no effect, and a warning names every such weight."""
-    with pytest.warns(GiftWarning, match=r"no effect where attention reads the weight itself: in_proj_weight, out_proj"):
-        enable_fine_tuning(MHA(8, 2), LoRAAllFineTuningStrategy(rank=1, lora_dropout=0.1))
 
 
 # --- embeddings, alone and tied

@@ -57,6 +57,12 @@ def layout(case: str) -> tuple[Layout, Tensor]:
     return layout_of(module, name, shape, **keywords), torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same numbers."""
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_sizes(case: str) -> None:
     """Blocks, rows, columns and outputs are those that the module's table states, and so are the shapes of A and B."""

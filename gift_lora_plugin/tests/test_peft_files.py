@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import os
+import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,18 +36,16 @@ from gift_core import (
     save_adapter,
 )
 from gift_core.errors import (
-    AdapterFileError,
     AdapterFormatError,
     AdapterMismatchError,
-    AdapterNotFoundError,
     AdapterWriteError,
-    GiftError,
     StateError,
 )
 from gift_lora_plugin import LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy
-from gift_lora_plugin.peft_config import alphas, anchored, config_data, config_from
+from gift_lora_plugin.peft_config import alpha_for, alphas, anchored, config_data, config_from
 from gift_lora_plugin.peft_files import export_peft, import_peft, load_peft
 from gift_lora_plugin.peft_layers import refusal
+from gift_lora_plugin.settings import scaling_of
 
 with warnings.catch_warnings():
     # what PEFT imports may warn about itself
@@ -64,18 +64,25 @@ def conv1d_of_transformers() -> nn.Module:
 
 
 TOKENS = torch.tensor([[0, 4, 2], [10, 4, 1]])
+
+
+def drawn(*shape: int) -> Tensor:
+    """The same numbers in each run."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 #: A layer and an input.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "linear": (lambda: nn.Linear(9, 7), torch.randn(2, 3, 9)),
-    "linear without bias": (lambda: nn.Linear(9, 7, bias=False), torch.randn(2, 9)),
-    "transformers Conv1D": (conv1d_of_transformers, torch.randn(2, 3, 9)),
+    "linear": (lambda: nn.Linear(9, 7), drawn(2, 3, 9)),
+    "linear without bias": (lambda: nn.Linear(9, 7, bias=False), drawn(2, 9)),
+    "transformers Conv1D": (conv1d_of_transformers, drawn(2, 3, 9)),
     "embedding": (lambda: nn.Embedding(11, 6), TOKENS),
     "square embedding, padding": (lambda: nn.Embedding(11, 11, padding_idx=4), TOKENS),
-    "conv1d": (lambda: nn.Conv1d(5, 7, 3, padding=1), torch.randn(2, 5, 6)),
-    "conv2d": (lambda: nn.Conv2d(5, 7, 3, padding=1, stride=2), torch.randn(2, 5, 6, 7)),
-    "conv2d 3x2": (lambda: nn.Conv2d(5, 7, (3, 2), padding=(1, 0)), torch.randn(2, 5, 6, 7)),
-    "conv2d 1x1": (lambda: nn.Conv2d(5, 7, 1, bias=False), torch.randn(2, 5, 4, 3)),
-    "conv3d": (lambda: nn.Conv3d(3, 4, (2, 3, 1)), torch.randn(2, 3, 3, 4, 3)),
+    "conv1d": (lambda: nn.Conv1d(5, 7, 3, padding=1), drawn(2, 5, 6)),
+    "conv2d": (lambda: nn.Conv2d(5, 7, 3, padding=1, stride=2), drawn(2, 5, 6, 7)),
+    "conv2d 3x2": (lambda: nn.Conv2d(5, 7, (3, 2), padding=(1, 0)), drawn(2, 5, 6, 7)),
+    "conv2d 1x1": (lambda: nn.Conv2d(5, 7, 1, bias=False), drawn(2, 5, 4, 3)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, (2, 3, 1)), drawn(2, 3, 3, 4, 3)),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -280,6 +287,21 @@ def test_single_precision_factors_of_a_half_precision_base(tmp_path: Path) -> No
     ours, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert list(ours) == list(other)
     assert all(torch.equal(ours[key], other[key]) and ours[key].dtype == other[key].dtype for key in ours)
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+def test_the_numerator_of_any_scaling(rslora: bool) -> None:
+    """The numerator gives the very scaling, or, where no number's quotient is that, one that is off by the last bit."""
+    numbers = random.Random(0)
+    for _ in range(2000):
+        rank, grown, alpha = numbers.randint(1, 64), numbers.choice([1, 3, 5, 7]), numbers.uniform(0.01, 100)
+        scaling = scaling_of(rank, alpha, rslora)
+        divisor = math.sqrt(rank * grown) if rslora else rank * grown
+        found = alpha_for(scaling, rank * grown, rslora)
+
+        assert abs(found / divisor - scaling) <= math.ulp(scaling)
+        if found / divisor != scaling:
+            assert all(math.nextafter(found, end) / divisor != scaling for end in (-math.inf, math.inf))
 
 
 def test_balanced_factors_grow_by_the_first_kernel_side(tmp_path: Path) -> None:
@@ -757,7 +779,7 @@ NAME = st.text("ab1_.-", min_size=1, max_size=6).filter(lambda name: ".." not in
 
 
 @given(st.lists(NAME, min_size=1, max_size=6, unique=True), st.lists(NAME, min_size=1, max_size=6, unique=True), st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=200, derandomize=True)
 def test_alpha_patterns_match_as_in_peft(keys: list[str], names: list[str], anchor: bool) -> None:
     """A key that is a name, an end of a name, or one that we wrote, matches exactly where PEFT's regular expression does."""
     pattern = {(anchored(key) if anchor and at % 2 else key): float(at + 1) for at, key in enumerate(keys)}
@@ -767,7 +789,7 @@ def test_alpha_patterns_match_as_in_peft(keys: list[str], names: list[str], anch
 
 
 @given(st.lists(st.text(min_size=1, max_size=8).filter(lambda name: "\n" not in name), min_size=2, max_size=6, unique=True))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=200, derandomize=True)
 def test_what_we_write_matches_our_names_alone(names: list[str]) -> None:
     """Of any names, target_modules matches those that are adapted and no other, and each rank belongs to its own."""
     ours, others = names[: len(names) // 2], names[len(names) // 2 :]
@@ -789,219 +811,6 @@ def test_what_we_write_matches_our_names_alone(names: list[str]) -> None:
     assert [name for name in names if peft.tuners.tuners_utils.check_target_module_exists(config, name)] == ours
     assert not any(get_pattern_key(config.rank_pattern, other) in config.rank_pattern for other in others)
     assert {name: config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r) for name in ours} == ranks
-
-
-@pytest.mark.parametrize(
-    "key", ["(a+)+b", "fc|x", ".*fc", "[a]", "layers\\.\\d", "a$b", "^", "a\\", "x" * 2000], ids=lambda key: key[:10]
-)
-def test_a_real_regular_expression_is_refused(key: str) -> None:
-    """A key that PEFT would run as a regular expression is never run here: it is refused by name."""
-    config = config_from({"peft_type": "LORA", "alpha_pattern": {key: 1.0}})
-
-    with pytest.raises(AdapterFormatError, match="alpha_pattern"):
-        alphas(config, ["fc", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaac"])
-
-
-# --- hostile and broken files
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A sound export of a small adapter."""
-    _, tuned = tuned_net(LoRAAllFineTuningStrategy(RANK, ALPHA, targets=["fc", "conv"], conv_layout="out_as_h"))
-    export_peft(tuned, tmp_path / "peft")
-    return tmp_path / "peft"
-
-
-def refused(folder: Path, error: type[GiftError], match: str) -> str:
-    """That load_peft raises, and leaves the model as it was."""
-    model = Net().double()
-    before, types = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
-    with pytest.raises(error, match=match) as caught:
-        load_peft(model, folder)
-
-    assert [type(module) for module in model.modules()] == types
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_missing_file_is_named(folder: Path, name: str) -> None:
-    """A missing file is an error that names it."""
-    (folder / name).unlink()
-
-    refused(folder, AdapterNotFoundError, f"there is no {name}")
-
-
-def test_a_pickle_is_never_read(folder: Path) -> None:
-    """A folder with a pickle instead of safetensors is refused with the way out."""
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-
-    refused(folder, AdapterFileError, "a pickle, which could run code")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[1]",
-        "{",
-        '{"r": 1, "r": 2}',
-        '{"lora_alpha": NaN}',
-        "[" * 100_000,
-        '{"x": "\ud800"}'.encode("utf-8", "surrogatepass"),
-        b"\xff\x00",
-    ],
-    ids=["empty", "list", "cut", "twice", "nan", "deep", "surrogate", "bytes"],
-)
-def test_broken_json_is_refused(folder: Path, text: str | bytes) -> None:
-    """A configuration that is no JSON object is an error of ours, whatever is in it."""
-    (folder / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-
-    refused(folder, AdapterFileError, "adapter_config.json")
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"peft_type": None}, "peft_type is None"),
-        ({"lora_alpha": "16"}, "lora_alpha is '16'; it must be a finite number"),
-        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
-        ({"lora_dropout": 1.5}, r"lora_dropout is 1.5; it must be a number in \[0, 1\)"),
-        ({"bias": "some"}, "bias is 'some'"),
-        ({"alpha_pattern": {"fc": None}}, "alpha_pattern is"),
-        ({"alpha_pattern": ["fc"]}, "alpha_pattern is"),
-        ({"modules_to_save": "head"}, "modules_to_save is 'head'"),
-        ({"use_dora": "yes"}, "use_dora is 'yes'"),
-        ({"lora_bias": True}, "lora_bias: the factor B has a bias"),
-        ({"layer_replication": [[0, 4]]}, "layer_replication"),
-        ({"target_parameters": ["w"]}, "target_parameters"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
-        ({"a_switch_of_2030": {"x": 1}}, "'a_switch_of_2030' is unknown, and set to"),
-        ({"use_dora": True}, r"fc: lora_magnitude_vector is missing"),
-    ],
-    ids=str,
-)
-def test_configurations_without_a_form_are_refused(folder: Path, change: dict[str, Any], match: str) -> None:
-    """What would change the answers and has no form here is refused by its key."""
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-
-    refused(folder, AdapterFileError, match)
-
-
-def test_unknown_keys_may_be_passed_over(folder: Path) -> None:
-    """A key of a later version that is off is no matter, and one that is on can be ignored by name."""
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"a_switch": False, "another": None, "on": 3}))
-    model = Net().double()
-
-    with pytest.raises(AdapterFormatError, match="'on' is unknown"):
-        load_peft(model, folder)
-    assert load_peft(model, folder, ignore=["on"]).layers == 2
-
-
-def edit(folder: Path, **changes: Tensor | None) -> None:
-    """Write tensors of the file anew, under keys without PEFT's prefix; None takes one away."""
-    file = folder / "adapter_model.safetensors"
-    tensors: dict[str, Any] = load_file(file) | {f"base_model.model.{key}": value for key, value in changes.items()}
-    save_file({key: value for key, value in tensors.items() if value is not None}, file)
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"fc.lora_B.weight": None}, "fc: lora_B.weight is missing"),
-        ({"fc.lora_A.weight": torch.zeros(2, 7)}, r"fc: lora_A.weight has shape \(2, 7\), and the layer takes \(2, 6\)"),
-        ({"fc.lora_A.weight": torch.zeros(3, 6)}, r"fc: lora_B.weight has shape \(6, 2\), and the layer takes \(6, 3\)"),
-        ({"fc.lora_A.weight": torch.zeros(0, 6)}, "at least rank 1"),
-        ({"fc.lora_A.weight": torch.zeros(())}, r"has shape \(\)"),
-        ({"fc.lora_A.weight": torch.full((2, 6), torch.nan)}, "fc: lora_A.weight holds NaN"),
-        ({"fc.lora_A.weight": torch.full((2, 6), torch.inf)}, "fc: lora_A.weight holds NaN or infinity"),
-        ({"fc.lora_B.bias": torch.zeros(6)}, "unexpected: fc.lora_B.bias"),
-        ({"gone.lora_A.weight": torch.zeros(2, 6)}, "gone: the model has no such layer"),
-        ({"norm.lora_A.weight": torch.zeros(2, 6)}, "norm: PEFT files have no form for a BatchNorm1d"),
-        ({"head.weight": torch.zeros(3, 6)}, "head.weight is frozen, and the file holds other values"),
-        ({"embed.base_layer.weight": torch.zeros(12, 6)}, r"embed.weight is \(12, 6\) in the file, \(11, 6\) in the model"),
-        ({"fc.lora_magnitude_vector": torch.ones(6)}, "fc: lora_magnitude_vector is unexpected"),
-        ({"\x1b[2J.lora_A.weight": torch.zeros(2, 6)}, r"'\\x1b\[2J': the model has no such layer"),
-        ({"__class__.lora_A.weight": torch.zeros(2, 6)}, "__class__: the model has no such layer"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
-)
-def test_tensors_that_do_not_fit_are_named(folder: Path, changes: dict[str, Tensor | None], match: str) -> None:
-    """A tensor that is missing, unknown, misshapen or no number is named, and the model is as it was."""
-    edit(folder, **changes)
-
-    refused(folder, AdapterMismatchError, match)
-
-
-def test_wider_numbers_than_the_adapters_are_refused(folder: Path) -> None:
-    """Double precision in the file never becomes single precision in silence."""
-    with pytest.raises(AdapterMismatchError, match=r"fc: lora_A.weight is of torch.float64, and would lose digits"):
-        load_peft(Net(), folder)
-
-
-def test_every_problem_is_reported_at_once(folder: Path) -> None:
-    """One error lists all that does not fit."""
-    edit(folder, **{"fc.lora_B.weight": None, "conv.lora_A.weight": torch.zeros(2, 5, 3), "x.lora_A.weight": torch.zeros(1, 1)})
-    message = refused(folder, AdapterMismatchError, "nothing was loaded")
-
-    assert all(f"\n  {name}: " in message for name in ("fc", "conv", "x"))
-
-
-def test_cut_and_flipped_files_are_errors_of_ours(folder: Path) -> None:
-    """Cut at any place, or with any byte of the header flipped, the tensors load whole or not at all, and only our error escapes."""
-    file = folder / "adapter_model.safetensors"
-    data = file.read_bytes()
-    header = 8 + int.from_bytes(data[:8], "little")
-    broken = [data[:length] for length in range(0, len(data), 37)]
-    broken += [data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :] for at in range(header)]
-    model = Net().double()
-    for one in broken:
-        file.write_bytes(one)
-        try:
-            load_peft(model, folder)
-            disable_fine_tuning(model)
-        except AdapterFileError:
-            assert type(model.fc) is nn.Linear
-
-
-def test_frozen_weights_written_along_must_be_the_models(folder: Path) -> None:
-    """A frozen weight in the file, as PEFT writes one for an embedding, is accepted if it is the model's own."""
-    model = Net().double()
-    edit(folder, **{"embed.base_layer.weight": model.embed.weight.detach().clone(), "head.weight": model.head.weight.detach().clone()})
-
-    assert load_peft(model, folder).modules_to_save == ()
-
-
-def test_keys_without_prefix_and_with_the_adapters_name_are_read(folder: Path) -> None:
-    """The spellings of other writers are the same adapter."""
-    first, second = Net().double(), Net().double()
-    second.load_state_dict(first.state_dict())
-    load_peft(first, folder)
-    file = folder / "adapter_model.safetensors"
-    plain = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
-    save_file({key.replace(".weight", ".default.weight"): value for key, value in plain.items()}, file)
-    load_peft(second, folder)
-
-    assert torch.equal(first.eval()(TOKENS), second.eval()(TOKENS))
-
-
-def test_odd_names_are_taken_literally(tmp_path: Path) -> None:
-    """Names that would mean something in a pattern, here or in PEFT, stand for themselves."""
-    base = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("re:x", "a*", "ab", "a[b]", "(c)+", "c")})
-    tuned = copy.deepcopy(base)
-    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, targets=["re[:]x", "a[*]", "a[[]b]", "(c)+"]))
-    export_peft(stir(tuned), tmp_path)
-    load_peft(base, tmp_path)
-    mine, again = tuned.state_dict(), base.state_dict()
-
-    assert mine.keys() == again.keys()
-    assert all(torch.equal(mine[key], again[key]) for key in mine)
 
 
 # --- transformers

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import cnn, encoder, input_for, mlp, tied, train
-from ranks import WORLD, join, needs_gloo, run_ranks
+from ranks import WORLD, join, leave, needs_gloo, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -123,3 +123,4 @@ def test_training_goes_on_without_the_wrapper(folder: Path) -> None:
 
 if __name__ == "__main__":
     worker(int(sys.argv[2]), Path(sys.argv[1]))
+    leave()

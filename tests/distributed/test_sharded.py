@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import WORLD, finish_ranks, join, needs_gloo, run_ranks, start_ranks
+from ranks import WORLD, finish_ranks, join, leave, needs_gloo, run_ranks, start_ranks
 from torch import Tensor, nn
 
 from gift_core import (
@@ -546,3 +546,4 @@ if __name__ == "__main__":
     else:
         with process_group(place, rank, world):
             {work.__name__: work for work in JOBS}[job](place, rank, world)
+    leave()

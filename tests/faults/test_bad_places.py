@@ -17,8 +17,8 @@ from fault_table import RecordFaults
 from models import mlp
 from torch import nn
 
-from gift_core import enable_fine_tuning, load_adapter, read_adapter_info, save_adapter
-from gift_core.errors import AdapterFileError, AdapterNotFoundError, AdapterWriteError, GiftError
+from gift_core import enable_fine_tuning, load_adapter, read_adapter_info, save_adapter, strategy_from_file
+from gift_core.errors import AdapterFileError, AdapterNotFoundError, AdapterWriteError, GiftError, StrategyFileError
 
 
 def tuned(value: float = 0.0) -> nn.Module:
@@ -145,6 +145,18 @@ def _long(path: Path) -> Path:
     return path.parent / ("n" * 400)
 
 
+def _pipe(path: Path) -> Path:
+    path.unlink()
+    os.mkfifo(path)
+    return path
+
+
+def _endless(path: Path) -> Path:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    return path
+
+
 def _null(path: Path) -> Path:
     return path.parent / "adapter\0.safetensors"
 
@@ -153,7 +165,12 @@ def _surrogate(path: Path) -> Path:
     return path.parent / ("\ud800" * 200)
 
 
-@pytest.mark.parametrize("place", [_folder, _link_to_folder, _circle, _below_a_file, _no_folder, _long, _null, _surrogate])
+PLACES = [_folder, _link_to_folder, _circle, _below_a_file, _no_folder, _long, _null, _surrogate]
+POSIX_PLACES = [_pipe, _endless] if hasattr(os, "mkfifo") and os.path.exists("/dev/zero") else []
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("place", [*PLACES, *POSIX_PLACES])
 def test_a_place_that_is_no_file(place: Callable[[Path], Path], path: Path, record_faults: RecordFaults) -> None:
     """Saving to and loading from what is no file are errors of ours, and leave every file as it was."""
     target = place(path)
@@ -170,6 +187,16 @@ def test_a_place_that_is_no_file(place: Callable[[Path], Path], path: Path, reco
             foreign += 1
 
     record_faults("places that take no file", 3, silent=silent, foreign=foreign, lost=int(contents(path.parent) != before))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX")
+@pytest.mark.timeout(60)
+def test_a_strategy_file_that_is_a_pipe(tmp_path: Path) -> None:
+    """A pipe in the place of a strategy file is refused, instead of waiting for somebody to write into it."""
+    os.mkfifo(tmp_path / "strategy.toml")
+
+    with pytest.raises(StrategyFileError, match=r"strategy.toml cannot be read: it is no regular file"):
+        strategy_from_file(tmp_path / "strategy.toml")
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

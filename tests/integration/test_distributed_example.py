@@ -22,7 +22,7 @@ def run(*command: str, cwd: Path) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else ""}
     for _ in range(2):
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
-        # seen once on a loaded machine, and not in 50 tries since: gloo's threads outlive destroy_process_group, also when nothing of
+        # seen once, and in none of 40 tries since: gloo's threads outlive destroy_process_group, also when nothing of
         # the script's is left, and C++ aborts where one of them is still at work while its process ends
         if "terminate called without an active exception" not in done.stderr:
             break

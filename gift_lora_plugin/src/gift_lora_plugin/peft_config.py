@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gift_core.errors import AdapterFileError, AdapterFormatError
+from gift_lora_plugin.peft_problems import as_lines
 
 #: ``re.escape`` of our names plus ``^``; a longer key is refused.
 MAX_PATTERN_LENGTH = 1000
@@ -89,10 +90,10 @@ def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConf
     if kind != "LORA":
         raise AdapterFormatError(f"peft_type is {kind!r}, and LORA alone can be read: there is no form for other methods.")
     if wrong := _malformed(data):
-        raise AdapterFileError("the configuration is malformed.\n  " + "\n  ".join(wrong))
+        raise AdapterFileError("the configuration is malformed.\n  " + as_lines(wrong))
     ignored = set(ignore)
     if reasons := _no_form(data, ignored):
-        raise AdapterFormatError("the configuration asks for what has no form here.\n  " + "\n  ".join(reasons))
+        raise AdapterFormatError("the configuration asks for what has no form here.\n  " + as_lines(reasons))
     return PeftConfig(
         alpha=data.get("lora_alpha", 8),
         alpha_pattern=data.get("alpha_pattern") or {},
@@ -270,7 +271,7 @@ def anchored(name: str) -> str:
 
 
 def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
-    """The numerator that gives a scaling at a rank; a whole number where one gives the very same."""
+    """The numerator that gives a scaling at a rank, or its neighbour where no quotient is that; a whole one where that is exact."""
     divisor = math.sqrt(rank) if rslora else rank
     alpha = scaling * divisor
     whole = round(alpha)

@@ -6,18 +6,20 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import safetensors
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gift_core import atomic_path
-from gift_core.errors import AdapterFileError, AdapterNotFoundError, AdapterWriteError
+from gift_core import atomic_path, open_regular
+from gift_core.errors import AdapterFileError, AdapterNotFoundError, AdapterWriteError, printable
+from gift_lora_plugin.peft_problems import shortened
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -29,6 +31,8 @@ PREFIX = "base_model.model."
 
 #: A configuration longer than this is refused before it is parsed.
 MAX_CONFIG_BYTES = 16 * 2**20
+#: Tensors whose names and shapes take more than this are refused before they are parsed.
+MAX_HEADER_BYTES = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +65,10 @@ def read_config_file(directory: Path) -> dict[str, Any]:
         AdapterFileError: if the file is not there, too large or no JSON object.
     """
     file = directory / CONFIG_FILE
-    with _reading(file):
-        if (size := file.stat().st_size) > MAX_CONFIG_BYTES:
+    with _opened(file) as handle:
+        if (size := os.fstat(handle.fileno()).st_size) > MAX_CONFIG_BYTES:
             raise AdapterFileError(f"{file} has {size:,} bytes; {MAX_CONFIG_BYTES:,} are allowed.")
-        encoded = file.read_bytes()
+        encoded = handle.read(size)
     try:
         data = json.loads(encoded.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -86,12 +90,16 @@ def read_tensors_file(directory: Path) -> dict[str, Tensor]:
             f"{directory} holds {PICKLE_FILE}, a pickle, which could run code: load it with PEFT where you trust it, and save it "
             "there with save_pretrained(directory), which writes safetensors."
         )
-    with _reading(file):
-        data = file.read_bytes()
+    with _opened(file) as handle:
+        start = handle.read(8)
+        if (length := int.from_bytes(start, "little")) > MAX_HEADER_BYTES:
+            raise AdapterFileError(f"{file} lists its tensors in {length:,} bytes; {MAX_HEADER_BYTES:,} are allowed.")
+        data = start + handle.read(os.fstat(handle.fileno()).st_size)
     try:
         return parse_tensors(data)
     except (safetensors.SafetensorError, KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{file} is truncated or no safetensors file ({error}): get a fresh copy.") from error
+        reason = shortened(printable(error))
+        raise AdapterFileError(f"{file} is truncated or no safetensors file ({reason}): get a fresh copy.") from error
 
 
 def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, force: bool) -> int:
@@ -103,8 +111,7 @@ def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str
     Raises:
         AdapterWriteError: if one cannot be written, or is there and ``force`` is false; what was there is intact.
     """
-    # a symbolic link stays, and what it points to is replaced
-    files = [Path(os.path.realpath(directory / name)) for name in (CONFIG_FILE, TENSORS_FILE)]
+    files = _places(directory)
     there = [file.name for file in files if os.path.lexists(file)]
     if there and not force:
         raise AdapterWriteError(f"{directory} holds {' and '.join(there)} already: choose another folder, or overwrite with force.")
@@ -119,13 +126,26 @@ def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str
     return sum(file.stat().st_size for file in files)
 
 
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def _places(directory: Path) -> list[Path]:
+    """Where the two files lie: a symbolic link stays, and what it points to is replaced."""
     try:
-        yield
+        files = [Path(os.path.realpath(directory / name)) for name in (CONFIG_FILE, TENSORS_FILE)]
+        _restore(files)
+    except (OSError, ValueError) as error:
+        raise AdapterWriteError(f"{directory} cannot be written: {error}.") from error
+    if files[0] == files[1]:
+        raise AdapterWriteError(f"{directory}: {CONFIG_FILE} and {TENSORS_FILE} lead to one file, {files[0]}: remove one of the links.")
+    return files
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    try:
+        with open_regular(file) as handle:
+            yield handle
     except FileNotFoundError as error:
         raise AdapterNotFoundError(f"there is no {file.name} in {file.parent}: name the folder that PEFT wrote.") from error
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise AdapterFileError(f"{file} cannot be read: {error}.") from error
 
 
@@ -149,7 +169,7 @@ def _folder(directory: Path) -> Iterator[None]:
 def _set_aside(files: Sequence[Path]) -> Iterator[Callable[[], None]]:
     """Gives a function that moves the files away; they come back if the block fails, and go for good if it ends well."""
     ending = f"{uuid.uuid4().hex}.old"
-    aside = {file: file.with_name(f".{file.name}.{ending}") for file in files}
+    aside = {file: _aside(file, ending) for file in files}
     moved: list[Path] = []
 
     def move() -> None:
@@ -167,8 +187,31 @@ def _set_aside(files: Sequence[Path]) -> Iterator[Callable[[], None]]:
             else:
                 file.unlink(missing_ok=True)
         raise
-    for file in files:
-        aside[file].unlink(missing_ok=True)
+    # with them go those of an export that was killed after it had written both files
+    for old in [old for file in files for old in _all_aside(file)]:
+        old.unlink(missing_ok=True)
+
+
+def _restore(files: Sequence[Path]) -> None:
+    """Bring back the pair that a killed export had set aside: the configuration comes last, as it is written."""
+    if os.path.lexists(files[0]) or not (found := _all_aside(files[0])):
+        return
+    latest = max(found, key=lambda old: old.lstat().st_ctime_ns)
+    ending = latest.name.removeprefix(f".{files[0].name}.")
+    for file in reversed(files):
+        if os.path.lexists(old := _aside(file, ending)):
+            os.replace(old, file)
+
+
+def _aside(file: Path, ending: str) -> Path:
+    return file.with_name(f".{file.name}.{ending}")
+
+
+def _all_aside(file: Path) -> list[Path]:
+    ours = re.compile(rf"\.{re.escape(file.name)}\.[0-9a-f]{{32}}\.old")
+    if not file.parent.is_dir():
+        return []
+    return [old for old in file.parent.iterdir() if ours.fullmatch(old.name)]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from gift_core.errors import AdapterFormatError
+from gift_core.errors import AdapterFormatError, ParameterError
 from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.peft_config import alpha_for, config_data
 from gift_lora_plugin.peft_directory import PREFIX, Conversion, write_files
@@ -26,14 +26,14 @@ def export_peft(
     directory: str | os.PathLike[str],
     *,
     model: nn.Module | None = None,
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     force: bool = False,
 ) -> Conversion:
     """Write an adapter as PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``; PEFT itself is not needed.
 
     A convolution in the ``balanced`` layout becomes one of ``k0`` times the rank, and PiSSA and OLoRA become plain factors of twice the
-    rank for the unchanged base model; each is the same update, exactly.
+    rank for the unchanged base model; each is the same update, to the last bit of the scaling, which PEFT divides from a numerator.
 
     Args:
         source: a tuned model, or an adapter file.
@@ -42,14 +42,16 @@ def export_peft(
             ``lora-linear`` needs none: its layers are taken to be plain `torch.nn.Linear`.
         base_model: what PEFT finds the base model by, for the configuration.
         task_type: such as ``CAUSAL_LM``, likewise.
-        force: overwrite the two files.
+        force: overwrite the two files. Where an export was killed half-way, the pair that it was to replace is brought back first.
 
     Raises:
         AdapterFormatError: if PEFT would compute something else; every reason is listed.
         AdapterFileError: if the file is not sound; `AdapterMismatchError` if it is not for the model.
         AdapterWriteError: if the files cannot be written, or are there; what was there is intact.
+        ParameterError: if ``base_model`` or ``task_type`` is no text.
         StateError: if the model is not tuned, or the one for a file is.
     """
+    base, task = _text("base_model", base_model), _text("task_type", task_type)
     with opened(source, model) as adapter:
         full = InFull.of(adapter)
         problems = [*adapter.problems, *_problems(adapter), *full.problems]
@@ -66,7 +68,7 @@ def export_peft(
         tensors |= {f"{PREFIX}{key}": tensor for key, tensor in full.tensors.items()}
         # the rank that PEFT sees: that of A, the first tensor, as it gets it
         ranks = {name: next(iter(found.values())).shape[0] for name, found in layers.items()}
-        config = _config(adapter, ranks, full, base_model, task_type)
+        config = _config(adapter, ranks, full, base, task)
         size = write_files(Path(directory), config, tensors, force=force)
         return Conversion(len(layers), tuple(full.modules), full.bias, size, tuple(_notes(adapter)))
 
@@ -86,6 +88,13 @@ def _config(adapter: Adapter, ranks: Mapping[str, int], full: InFull, base_model
         base_model=base_model,
         task_type=task_type,
     )
+
+
+def _text(name: str, value: object) -> str | None:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if text is not None and not isinstance(text, str):
+        raise ParameterError(f"{name} is {value!r}; it must be text, as it stands in PEFT's configuration, or None.")
+    return text
 
 
 def _notes(adapter: Adapter) -> Iterator[str]:

@@ -32,6 +32,7 @@ from gift_lora_plugin.parameters import literal_pattern
 from gift_lora_plugin.peft_config import PeftConfig, alphas, config_from
 from gift_lora_plugin.peft_directory import PREFIX, TENSORS_FILE, Conversion, read_config_file, read_tensors_file
 from gift_lora_plugin.peft_layers import EMBEDDING_KEYS, MAGNITUDE_KEY, PLAIN_KEYS, Factors, from_peft, misfits, refusal, start_refusal
+from gift_lora_plugin.peft_problems import as_lines
 from gift_lora_plugin.strategies import LoRAAllFineTuningStrategy
 
 #: The name that PEFT gives an adapter unless told otherwise; its saved keys leave it out, those of a whole state dict have it.
@@ -93,7 +94,7 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: It
     content = _sorted(_without_prefix(tensors), config, model)
     modules = dict(model.named_modules())
     if problems := [*content.problems, *_misfits(content, config, modules, model)]:
-        raise AdapterMismatchError(f"{folder} does not fit this model; nothing was loaded.\n  " + "\n  ".join(problems))
+        raise AdapterMismatchError(f"{folder} does not fit this model; nothing was loaded.\n  " + as_lines(problems))
     factors = {name: from_peft(modules[name], site) for name, site in content.sites.items()}
     with _generators_kept():
         enable_fine_tuning(model, _strategy(config, factors, content, modules))

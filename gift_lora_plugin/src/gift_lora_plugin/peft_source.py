@@ -130,13 +130,15 @@ def _site_problem(name: str, module: nn.Module, weights: Mapping[str, str], hold
     others = sorted(set(weights) - {"weight"})
     if other := sorted(set(weights.values()) - {LoRA.__name__}):
         return f"it is adapted with {', '.join(other)}"
+    if not isinstance(module, LoRA):
+        return f"it is adapted with the LoRA of {type(module).__module__}, and this package knows its own alone"
     if others:
         return f"its {listed(others)}: PEFT files have no form for it"
     if not name:
         return "PEFT replaces layers, and cannot replace the model itself"
     if holders > 1:
         return "the layer stands in several places, and PEFT replaces it in one of them"
-    if module.lora_layout.blocks is not None or module.lora_layout.transposed is not is_fan_in_fan_out(module):  # type: ignore[union-attr]
+    if module.lora_layout.blocks is not None or module.lora_layout.transposed is not is_fan_in_fan_out(module):
         return "its weight is read as PEFT does not read it (parameter_layout)"
     weight = module._parameters["weight"]
     return "complex numbers: PEFT has no LoRA for them" if weight is not None and weight.is_complex() else refusal(module)
