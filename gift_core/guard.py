@@ -31,11 +31,13 @@ class Room:
     def stacked(self, use: int, tensors: list[Tensor]) -> Tensor:
         """Dense tensors of one shape, dtype and device behind one another, in place of what had the same ``use`` before."""
         size = len(tensors) * tensors[0].nbytes
-        if size > GUARDED_BYTES:
-            return torch.stack(tensors)
         held = self._held.get(key := (use, tensors[0].device))
         if held is None or held.nbytes < size:
-            held = self._held[key] = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+            # made of the tensors, because a limit may be on what is asked for by size alone
+            made = torch.stack(tensors)
+            if size <= GUARDED_BYTES:
+                self._held[key] = made.flatten().view(torch.uint8)
+            return made
         return torch.stack(tensors, out=held[:size].view(tensors[0].dtype).view(len(tensors), *tensors[0].shape))
 
 
