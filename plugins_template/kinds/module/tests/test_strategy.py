@@ -12,7 +12,7 @@ from gift_template_plugin import TemplateStrategy
 
 
 def test_formula() -> None:
-    """The output is ``y + up(relu(down(y)))``, where ``y`` is the base layer's."""
+    """The output is ``y + up(tanh(down(y)))``, where ``y`` is the base layer's."""
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(3, 2)), torch.randn(5, 3)
     base, before = model[0], model(inputs).detach()
@@ -21,7 +21,7 @@ def test_formula() -> None:
     layer = model[0]
     nn.init.normal_(layer.up.weight)
 
-    hidden = (before @ layer.down.weight.T + layer.down.bias).clamp(min=0)
+    hidden = (before @ layer.down.weight.T + layer.down.bias).tanh()
     torch.testing.assert_close(model(inputs), before + hidden @ layer.up.weight.T)
     disable_fine_tuning(model)
     assert model[0] is base

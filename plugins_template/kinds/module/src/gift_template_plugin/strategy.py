@@ -10,11 +10,10 @@ from gift_core.capabilities import Capabilities
 from gift_core.errors import ParameterError
 from gift_core.factories import replace_module, selects
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class TemplateLinear(nn.Linear):
-    """A linear layer and a bottleneck behind it: ``y + up(relu(down(y)))``, where ``y`` is what the layer gave.
+    """A linear layer and a bottleneck behind it: ``y + up(tanh(down(y)))``, where ``y`` is what the layer gave.
 
     ``up`` starts at zero, so a fresh adapter changes nothing. The layer's own parameters keep their names, and are frozen.
 
@@ -45,7 +44,7 @@ class TemplateLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Give ``(..., out)`` for an input of ``(..., in)``."""
         output = super().forward(input)
-        adapted: Tensor = output + self.up(F.relu(self.down(output)))
+        adapted: Tensor = output + self.up(torch.tanh(self.down(output)))
         return adapted
 
 
