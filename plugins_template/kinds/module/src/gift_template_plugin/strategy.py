@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from gift_core import FineTuningStrategy
 from gift_core.capabilities import Capabilities
 from gift_core.errors import ParameterError
