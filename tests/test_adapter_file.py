@@ -51,7 +51,7 @@ from gift_core import (
     read_adapter_info,
     save_adapter,
 )
-from gift_core.adapter_file import _base_digests, tensor_digest
+from gift_core.adapter_file import _base_digests, _describe, tensor_digest
 from gift_core.adapter_format import FORMAT, Description, Payload, decode, encode
 from gift_core.errors import (
     AdapterFileError,
@@ -984,3 +984,34 @@ def test_a_tensor_of_each_dtype_comes_back(dtype: torch.dtype, tmp_path: Path) -
 
     assert model[0].note.dtype is dtype
     assert model[0].note.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (torch.ones(2).to(torch.complex64), "complex64 in the file"),
+        (torch.ones(2).to(torch.int32), "int32 in the file"),
+        (torch.ones(2).to(torch.bool), "bool in the file"),
+        (torch.tensor([1.0, 1e300], dtype=torch.float64), "no room"),
+        (torch.ones(2).to(torch.float8_e4m3fn), None),
+        (torch.tensor([1.0, torch.inf], dtype=torch.float64), None),
+        (torch.ones(2, dtype=torch.bfloat16), None),
+    ],
+    ids=["complex", "whole", "bool", "overflow", "float8", "infinity", "bfloat16"],
+)
+def test_a_file_of_another_dtype_is_rounded_or_refused(tmp_path: Path, given: Tensor, problem: str | None) -> None:
+    """Real numbers of another width are rounded into the model's dtype; what would lose its meaning is refused by name."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2))
+    enable_fine_tuning(model, FullFineTuningStrategy())
+    save_adapter(model, tmp_path / "a.safetensors")
+    _, payload = decode(tmp_path / "a.safetensors")
+    _, start = encode(_describe(model), changed := Payload.of({**payload.tensors, "0.bias": given}))
+    (tmp_path / "b.safetensors").write_bytes(b"".join(map(bytes, (start, *changed.parts()))))
+
+    if problem:
+        with pytest.raises(AdapterMismatchError, match=rf"0\.bias .*{problem}"):
+            load_adapter(model, tmp_path / "b.safetensors")
+    else:
+        load_adapter(model, tmp_path / "b.safetensors")
+        assert torch.equal(model[0].bias, given.to(torch.float32))

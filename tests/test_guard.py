@@ -9,8 +9,9 @@ from models import mlp, refused
 from torch import Tensor, nn
 
 from gift_core import FineTuningStrategy, enable_fine_tuning
+from gift_core.allocation import AllocationLimit
 from gift_core.errors import ActionError
-from gift_core.guard import Guard
+from gift_core.guard import Guard, Room
 
 
 def add_in_place(tensor: Tensor) -> None:
@@ -106,3 +107,13 @@ def test_a_write_is_found_at_its_site_in_a_large_model(monkeypatch: pytest.Monke
 
         with refused(model, ActionError, "wrote into the base model at '2'"):
             enable_fine_tuning(model, FineTuningStrategy([(lambda *site: site[3] == "Linear", act)]))
+
+
+def test_watching_the_base_is_no_allocation_of_a_file() -> None:
+    """What is copied to watch a base model is not counted as asked for by a file that is smaller than the model."""
+    layers = [nn.Linear(128, 128) for _ in range(8)]
+    with AllocationLimit(10, ""):
+        for _ in range(20):  # more than the limit in all
+            room = Room()
+            for _ in range(2):
+                assert Guard((layer.weight for layer in layers), room).written() == []

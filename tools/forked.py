@@ -55,7 +55,9 @@ class ForkedTests:
         self.copy = copy
         self.log = copy.parent / "log.txt"
         packages = [str(copy), str(copy / "gift_lora_plugin" / "src")]
-        sys.path[:] = packages + [entry for entry in sys.path if not Path(entry or ".").resolve().is_relative_to(original)]
+        # an environment may lie within the repository, and stays
+        own = {original, original / "tests", original / "tools", original / "gift_lora_plugin" / "src"}
+        sys.path[:] = packages + [entry for entry in sys.path if Path(entry or ".").resolve() not in own]
         os.environ |= {
             "PYTHONPATH": os.pathsep.join(packages),
             "OMP_NUM_THREADS": "1",

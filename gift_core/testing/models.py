@@ -71,12 +71,12 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Raises:
         TypeError: if the model holds complex numbers, and torch has none with parts of ``dtype``.
     """
-    if not any(parameter.is_complex() for parameter in model.parameters()):
+    if not any(parameter.is_complex() for parameter in nn.Module.parameters(model)):
         return model.to(dtype)
     if dtype not in _COMPLEX:
         raise TypeError(f"torch has no full support for complex numbers with parts of {dtype}")
     for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        for tensor in (*nn.Module.parameters(module, recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.data.to(_COMPLEX[dtype] if tensor.is_complex() else dtype)
     return model
 

@@ -1,6 +1,6 @@
 """A strategy under test, and a strategy on one model: what the checks are handed.
 
-The helpers move a model's trained part without a forward pass, so that a check of saving or undoing does not depend on training.
+The functions here move a model's trained part without a forward pass, so that a check of saving or undoing does not depend on training.
 """
 
 from __future__ import annotations

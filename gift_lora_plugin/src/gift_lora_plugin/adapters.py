@@ -95,13 +95,14 @@ class LoRAAdapterSet(AdapterSet):
             kept = {key: combine_parameters(base[key], values, shares, method, **options) for key, values in tuned.items()}
             ranks = {found[0].place: int(factors[key][1].shape[-2]) for key, found in sites.items()}
             strategy = combined_strategy(model, config, ranks)
-        with torch.random.fork_rng(devices=[]):  # what enabling draws is replaced
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with self._lock, torch.random.fork_rng(devices=devices):  # what enabling draws is replaced, before anyone sees it
             report = self.add(name, strategy)
-        try:
-            self._write(name, factors, kept)
-        except BaseException:
-            self.remove(name)
-            raise
+            try:
+                self._write(name, factors, kept)
+            except BaseException:
+                self.remove(name)
+                raise
         return report
 
     @contextlib.contextmanager
@@ -124,10 +125,10 @@ class LoRAAdapterSet(AdapterSet):
             StateError: if a layer is called with another number of samples, something else reads its weight, an adapter has modules of
                 its own, or an adapter is put to use within the context.
         """
-        if self._is_mixing:
-            raise StateError("per_sample is active already: leave that context first.")
         rows = {name: [at for at, other in enumerate(names) if other == name] for name in dict.fromkeys(names) if name is not None}
-        with self.using(None) as model:
+        with self._lock, self.using(None) as model:
+            if self._is_mixing:
+                raise StateError("per_sample is active already: leave that context first.")
             survey = Survey(model)
             mixture = Mixture(model, [(own, self._replicas(name, survey)) for name, own in rows.items()], len(names))
             trains = [parameter for parameter in nn.Module.parameters(model) if parameter.requires_grad]
@@ -139,9 +140,11 @@ class LoRAAdapterSet(AdapterSet):
                     yield model
             finally:
                 self._is_mixing = False
-                self.use(None)
-                for parameter in trains:
-                    parameter.requires_grad_(True)
+                try:
+                    self.use(None)
+                finally:
+                    for parameter in trains:
+                        parameter.requires_grad_(True)
 
     def _replicas(self, name: str, survey: Survey) -> dict[nn.Module, nn.Module]:
         with self.using(name):

@@ -71,6 +71,8 @@ def _sites_by_part(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> dict
 
 
 def _part_with(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    if not ranks:
+        return dict(config)  # an earlier part took all that this one would adapt
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # a pattern covers what is inside it, and the first match wins: inner layers come first
     inner_first = sorted(ranks, key=lambda place: -place.count("."))
