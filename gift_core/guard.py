@@ -99,7 +99,8 @@ def _is_same_memory(tensor: Tensor, alias: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_meta
+    dense = tensor.layout is torch.strided and not tensor.is_meta
+    return type(tensor) in _PLAIN and dense and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -57,7 +57,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 def bits_of(tensor: Tensor) -> Tensor:
     """The numbers of a dense tensor, in order, as whole words or as bytes; a view where memory allows."""
-    values = tensor.contiguous().flatten()
+    values = tensor.resolve_conj().resolve_neg().contiguous().flatten()
     words = values.nbytes % 8 == 0 and values.storage_offset() * values.element_size() % 8 == 0
     return values.view(torch.int64 if words else torch.uint8)  # whole words compare several times faster
 

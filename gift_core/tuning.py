@@ -59,8 +59,8 @@ def enable_fine_tuning(
     Args:
         module: the model, on its device and in its dtype, before any wrapper (DDP, FSDP, torch.compile).
         fine_tuning_strategy: a strategy, or the name of a registered one.
-        replace_parameter_function: let ``module.parameters()`` give only what trains. `torch.optim.swa_utils.AveragedModel` pairs
-            the parameters of a model with those of its copy and needs it off.
+        replace_parameter_function: let ``module.parameters()`` give only the trained part, frozen just now or not.
+            `torch.optim.swa_utils.AveragedModel` pairs the parameters of a model with those of its copy and needs it off.
         trainable_state_dict: let ``module.state_dict()`` hold only the trained part, and ``load_state_dict`` take it back.
         keep_originals: copy the values of parameters that stay trainable, so that `disable_fine_tuning` can restore them. False saves
             that memory when a large model is trained in full.

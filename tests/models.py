@@ -206,6 +206,16 @@ class Delta(Reparameterization):
         return weight + self.delta
 
 
+class WideDelta(Delta):
+    """The same in float32, whatever the dtype of the weight."""
+
+    def init_parameters(self, weight: Tensor, *, start: float = 0.0) -> None:
+        self.delta = nn.Parameter(torch.full_like(weight, start, dtype=torch.float32))
+
+    def reparameterize(self, weight: Tensor) -> Tensor:
+        return (weight.float() + self.delta).to(weight.dtype)
+
+
 def input_for(builder: Builder) -> Tensor:
     """An input for the model that a builder gives; the same one every time."""
     generator = torch.Generator().manual_seed(1)

@@ -20,6 +20,7 @@ from models import (
     ALL,
     Builder,
     Delta,
+    WideDelta,
     attention,
     cnn,
     embedding,
@@ -594,16 +595,8 @@ def test_a_replaced_module_follows_a_move() -> None:
 
 def test_an_adapter_of_its_own_dtype_keeps_it() -> None:
     """Switching alone converts nothing: an adapter in float32 on a base in bfloat16 stays in float32."""
-
-    class Wide(Delta):
-        def init_parameters(self, weight: Tensor, **params: Any) -> None:
-            self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
-
-        def reparameterize(self, weight: Tensor) -> Tensor:
-            return (weight.float() + self.delta).to(weight.dtype)
-
     adapters = AdapterSet(model := mlp().bfloat16())
-    adapters.add("wide", FineTuningStrategy([(LINEAR, reparameterize(Wide))]))
+    adapters.add("wide", FineTuningStrategy([(LINEAR, reparameterize(WideDelta))]))
     adapters.add("full", full())
     for name in ("wide", "full", None, "wide"):
         adapters.use(name)

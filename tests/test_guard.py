@@ -117,3 +117,15 @@ def test_watching_the_base_is_no_allocation_of_a_file() -> None:
             room = Room()
             for _ in range(2):
                 assert Guard((layer.weight for layer in layers), room).written() == []
+
+
+def test_a_conjugated_parameter_is_as_it_was() -> None:
+    """A parameter that is a view of the conjugate or the negative of its memory counts as written only when it is."""
+    numbers = torch.complex(torch.arange(3.0), torch.arange(3.0))
+    parameters = [nn.Parameter(numbers.conj()), nn.Parameter(numbers.clone().conj().imag)]
+    guard = Guard(parameters)
+
+    assert guard.written() == []
+    with torch.no_grad():
+        parameters[0].add_(1)
+    assert [id(tensor) for tensor in guard.written()] == [id(parameters[0])]

@@ -147,10 +147,6 @@ def test_every_module_has_tests_that_exist() -> None:
 
 PROBE = """
 import sys
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from forked import ForkedTests
 

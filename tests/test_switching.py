@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import Delta, fingerprint, mlp
+from models import Delta, WideDelta, fingerprint, mlp
 from torch import Tensor, nn
 
 from gift_core import AdapterSet, FineTuningStrategy
@@ -65,16 +65,8 @@ def test_a_move_leaves_the_modes_of_a_replaced_modules_parts() -> None:
 
 def test_a_mode_leaves_an_adapters_own_dtype() -> None:
     """An adapter in float32 on a base in bfloat16 stays in float32 when only the mode of the model changed meanwhile."""
-
-    class Wide(Delta):
-        def init_parameters(self, weight: Tensor, **params: Any) -> None:
-            self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
-
-        def reparameterize(self, weight: Tensor) -> Tensor:
-            return (weight.float() + self.delta).to(weight.dtype)
-
     adapters = AdapterSet(model := mlp().bfloat16())
-    adapters.add("wide", FineTuningStrategy([(is_instance(nn.Linear), reparameterize(Wide))]))
+    adapters.add("wide", FineTuningStrategy([(is_instance(nn.Linear), reparameterize(WideDelta))]))
     for train in (False, True):
         model.train(train)
         adapters.use("wide")

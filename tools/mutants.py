@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     for line in survivors(results):
         print(line)
     if given.page:
-        given.page.write_text(page(given.page.read_text(encoding="utf-8"), results), encoding="utf-8")
+        given.page.write_text(page(given.page.read_text(encoding="utf-8"), earlier | results), encoding="utf-8")
     tried, killed = _counts(itertools.chain(*results.values()))
     enough = tried >= ENOUGH or set(given.modules) != set(TESTS)
     return 0 if enough and 100 * killed >= BAR * tried else 1

@@ -193,7 +193,7 @@ def shared_stays_shared(subject: Subject) -> None:
 
 @check("tuning")
 def merges_with_another(subject: Subject) -> None:
-    """Merged with a strategy that trains biases, both do their work: each site is who planned it, trains, and is undone."""
+    """Merged with a strategy that trains biases, each site belongs to the one that planned it, trains, and is undone."""
     biases = FineTuningStrategy(para_caps=[(parameter_name_contains("bias", optional=True), keep_trainable())])
     both, model = merge_strategies([subject.strategy, biases]), subject.plain()
     alone, together = plan_fine_tuning(model, subject.strategy), plan_fine_tuning(model, both)
