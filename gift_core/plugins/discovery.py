@@ -176,9 +176,12 @@ _SETTLED = 2 * 10**9
 
 
 def _read(group: str) -> _Found:
-    """What the distributions say, kept until something is installed or removed: reading hundreds of files takes milliseconds."""
+    """What the distributions say, kept until something is installed or removed: reading hundreds of files takes milliseconds.
+
+    A running process does not see what is written over the metadata of a distribution in its place.
+    """
     path = path_state()
-    state = (path, tuple(map(id, sys.meta_path)))
+    state = (path, tuple(sys.meta_path))
     was, found = _kept.get(group, (None, ([], [])))
     if was != state:
         found = _read_anew(group)

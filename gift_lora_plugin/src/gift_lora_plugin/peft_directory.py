@@ -112,6 +112,7 @@ def write_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str
         AdapterWriteError: if one cannot be written, or is there and ``force`` is false; what was there is intact.
     """
     files = _places(directory)
+    _restore(files)
     there = [file.name for file in files if os.path.lexists(file)]
     if there and not force:
         raise AdapterWriteError(f"{directory} holds {' and '.join(there)} already: choose another folder, or overwrite with force.")
@@ -130,7 +131,6 @@ def _places(directory: Path) -> list[Path]:
     """Where the two files lie: a symbolic link stays, and what it points to is replaced."""
     try:
         files = [Path(os.path.realpath(directory / name)) for name in (CONFIG_FILE, TENSORS_FILE)]
-        _restore(files)
     except (OSError, ValueError) as error:
         raise AdapterWriteError(f"{directory} cannot be written: {error}.") from error
     if files[0] == files[1]:
@@ -198,9 +198,12 @@ def _restore(files: Sequence[Path]) -> None:
         return
     latest = max(found, key=lambda old: old.lstat().st_ctime_ns)
     ending = latest.name.removeprefix(f".{files[0].name}.")
-    for file in reversed(files):
-        if os.path.lexists(old := _aside(file, ending)):
-            os.replace(old, file)
+    try:
+        for file in reversed(files):
+            if os.path.lexists(old := _aside(file, ending)):
+                os.replace(old, file)
+    except OSError as error:
+        raise AdapterWriteError(f"{files[0].parent}: an earlier pair of files could not be brought back: {error}.") from error
 
 
 def _aside(file: Path, ending: str) -> Path:
