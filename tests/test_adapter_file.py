@@ -51,7 +51,7 @@ from gift_core import (
     read_adapter_info,
     save_adapter,
 )
-from gift_core.adapter_file import _base_digests, _describe, tensor_digest
+from gift_core.adapter_file import _as_data, _base_digests, _describe, _lost_digits, tensor_digest
 from gift_core.adapter_format import FORMAT, Description, Payload, decode, encode
 from gift_core.errors import (
     AdapterFileError,
@@ -1015,3 +1015,22 @@ def test_a_file_of_another_dtype_is_rounded_or_refused(tmp_path: Path, given: Te
     else:
         load_adapter(model, tmp_path / "b.safetensors")
         assert torch.equal(model[0].bias, given.to(torch.float32))
+
+
+def test_real_numbers_take_the_place_of_complex_ones() -> None:
+    """Real numbers in a file become complex ones without an imaginary part, and complex ones are rounded as real ones are."""
+    real, wave = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.complex64)
+
+    assert _lost_digits("key", real, wave) is None
+    assert _lost_digits("key", wave.to(torch.complex128), wave) is None
+    assert _lost_digits("key", 1e300 * real, wave) == "key holds numbers that torch.complex64 has no room for"
+    assert _lost_digits("key", wave, real) is not None
+
+
+def test_a_config_that_goes_round_in_circles_is_refused() -> None:
+    """A strategy whose config holds itself has no form as data, and nothing is saved."""
+    config: dict[str, Any] = {"name": "round"}
+    config["parameters"] = config
+
+    with pytest.raises(StrategyError, match="no plain JSON data"):
+        _as_data(config)
