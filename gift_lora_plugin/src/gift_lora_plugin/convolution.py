@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gift_lora_plugin.fusion import as_autocast, draw_mask, kept, may_fuse, packed, times, unpacked
-from gift_lora_plugin.lowrank import add_low_rank, drop, low_rank_update, own_precision
+from gift_lora_plugin.lowrank import add_low_rank, as_dtype, drop, low_rank_update, own_precision
 
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -83,7 +83,7 @@ def low_rank_conv(
 
 def _effective(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     with own_precision(weight.device.type):
-        return add_low_rank(weight, lora_B, lora_A, scaling).to(weight.dtype)
+        return as_dtype(add_low_rank(weight, lora_B, lora_A, scaling), weight.dtype)
 
 
 def _fused(
@@ -104,8 +104,28 @@ def _fused(
     tensors = as_autocast(input, weight, bias, lora_A, lora_B)
     trains = torch.is_grad_enabled() and (input.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
     way = _way(input.shape, weight.shape, lora_A.shape[0], settings, trains, mask is not None)
-    output: Tensor = _LowRankConv.apply(*tensors, scaling / (1 - dropout), mask, way)
+    given: tuple[Any, ...] = (*tensors, scaling / (1 - dropout), mask, way)
+    output: Tensor = _LowRankConv.apply(*given) if trains else _convolved(*given)[0]
     return output
+
+
+def _convolved(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    way: _Way,
+) -> tuple[Tensor, Tensor | None]:
+    """What the layer gives, and the thin image ``s A x`` where there is one."""
+    if way.builds_weight:
+        return torch.conv2d(input, _effective(weight, lora_A, lora_B, scaling), bias, *way.settings), None
+    output = torch.conv2d(input, weight, bias, *way.settings)
+    hidden = times(_thin(input, mask, lora_A, way).hidden(), scaling)
+    _add_product(output, lora_B, hidden)
+    return output, hidden
 
 
 #: Stride, padding and dilation, as `torch.nn.functional.conv2d` takes them.
@@ -180,13 +200,7 @@ class _LowRankConv(torch.autograd.Function):
         mask: Tensor | None,
         way: _Way,
     ) -> Tensor:
-        hidden = None
-        if way.builds_weight:
-            output = F.conv2d(input, _effective(weight, lora_A, lora_B, scaling), bias, *way.settings)
-        else:
-            output = F.conv2d(input, weight, bias, *way.settings)
-            hidden = times(_thin(input, mask, lora_A, way).hidden(), scaling)
-            _add_product(output, lora_B, hidden)
+        output, hidden = _convolved(input, weight, bias, lora_A, lora_B, scaling, mask, way)
         ctx.save_for_backward(input, weight, lora_A, lora_B, packed(mask), hidden)
         ctx.scaling, ctx.way = scaling, way
         return output
@@ -202,7 +216,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_input, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
     mask, way = unpacked(bits, input), ctx.way
     taps = _thin(input, mask, lora_A, way)
-    grad_thin = _pixels(grad).to(lora_B.dtype)
+    grad_thin = as_dtype(_pixels(grad), lora_B.dtype)
     spread = taps.spread(times(_product(lora_B.t(), grad_thin), ctx.scaling))
     grad_input = grad_A = grad_B = None
     if needs_B:
@@ -252,7 +266,7 @@ def _add_product(image: Tensor, matrix: Tensor, thin: Tensor, mask: Tensor | Non
 
 def _thin(input: Tensor, mask: Tensor | None, lora_A: Tensor, way: _Way) -> _OneTap | _TapsOnInput | _TapsOnImage:
     """The thin convolution by A."""
-    return way.taps(kept(input, mask).to(lora_A.dtype), lora_A, way)
+    return way.taps(as_dtype(kept(input, mask), lora_A.dtype), lora_A, way)
 
 
 class _TapsOnInput:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse, packed, times, unpacked
-from gift_lora_plugin.lowrank import drop, own_precision
+from gift_lora_plugin.lowrank import as_dtype, drop, own_precision
 
 #: Below these sizes a layer costs what its calls cost, not its arithmetic: numbers in the weight, and those times the tokens.
 _TINY_WEIGHT, _TINY_PRODUCT = 2**14, 2**20
@@ -88,8 +88,20 @@ def _fused(
     rows = input.view(-1, weight.shape[1]) if input.is_contiguous() else input
     mask = draw_mask(rows, dropout)
     tensors = as_autocast(rows, weight, bias, lora_A, lora_B)
-    output: Tensor = _LowRankLinear.apply(*tensors, scaling / (1 - dropout), mask)
+    trains = torch.is_grad_enabled() and (input.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
+    given: tuple[Any, ...] = (*tensors, scaling / (1 - dropout), mask)
+    output: Tensor = _LowRankLinear.apply(*given) if trains else _mapped(*given)[0]
     return output if output.dim() == input.dim() else output.view(*input.shape[:-1], weight.shape[0])
+
+
+def _mapped(
+    input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the layer gives, and the thin product ``s A x^T``."""
+    output = F.linear(input, weight, bias)
+    hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), scaling)
+    add_product(output.view(-1, weight.shape[0]), hidden.t(), lora_B.t())
+    return output, hidden
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -111,9 +123,7 @@ class _LowRankLinear(torch.autograd.Function):
         scaling: float,
         mask: Tensor | None,
     ) -> Tensor:
-        output = F.linear(input, weight, bias)
-        hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), scaling)
-        add_product(output.view(-1, weight.shape[0]), hidden.t(), lora_B.t())
+        output, hidden = _mapped(input, weight, bias, lora_A, lora_B, scaling, mask)
         ctx.save_for_backward(input, weight, lora_A, lora_B, packed(mask), hidden)
         ctx.scaling = scaling
         return output
@@ -128,7 +138,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     input, weight, lora_A, lora_B, bits, hidden = ctx.saved_tensors
     needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
     mask = unpacked(bits, input)
-    grad_thin = grad if grad.dtype == lora_B.dtype else grad.to(lora_B.dtype)
+    grad_thin = as_dtype(grad, lora_B.dtype)
     grad_hidden = times(lora_B.t() @ grad_thin.t(), ctx.scaling)
     grad_input = grad_A = grad_B = None
     if needs_input:
@@ -150,5 +160,4 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _thin_rows(input: Tensor, mask: Tensor | None, lora_A: Tensor) -> Tensor:
     """What the update reads: the input as ``(tokens, in)``, without what dropout dropped, in the adapter's dtype."""
-    rows = _rows(input if mask is None else kept(input, mask))
-    return rows if rows.dtype == lora_A.dtype else rows.to(lora_A.dtype)
+    return as_dtype(_rows(input if mask is None else kept(input, mask)), lora_A.dtype)

@@ -48,9 +48,13 @@ def low_rank_update(lora_B: Tensor, lora_A: Tensor, shape: Sequence[int], scalin
 
 def add_low_rank(weight: Tensor, lora_B: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     """The effective weight ``W + scaling * B A``, in one product that adds as it goes, in the dtype of the factors."""
-    rows, columns = lora_B.shape[0], lora_A.shape[1]
-    matrix = weight.reshape(rows, columns).to(lora_B.dtype)
+    matrix = as_dtype(weight.reshape(lora_B.shape[0], lora_A.shape[1]), lora_B.dtype)
     return in_memory_as(weight, torch.addmm(matrix, lora_B, lora_A, alpha=scaling).view(weight.shape))
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the call where there is nothing to do: a small layer costs what its calls cost."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def in_memory_as(weight: Tensor, values: Tensor) -> Tensor:
