@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping, Set
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -58,8 +58,9 @@ class TrainedStateDict:
             destination = OrderedDict()
             destination._metadata = OrderedDict()
         if hasattr(destination, "_metadata"):
-            names = ((prefix + name if name else prefix[:-1], module) for name, module in modules)
-            destination._metadata.update((name, {"version": module._version}) for name, module in names)
+            versions = destination._metadata
+            for name, module in modules:
+                versions[prefix + name if name else prefix[:-1]] = {"version": module._version}
         left_out = _left_out(tuning_of(root))
         for key, tensor in _persistent(modules).items():
             if key not in left_out:
@@ -90,6 +91,9 @@ _LOADING = ({"_load_from_state_dict", "set_extra_state"}, ("_load_state_dict_pre
 
 _DENSE = frozenset({Tensor, nn.Parameter})
 
+#: What a tensor is like; one that is like another can be written over it. Nested tensors have no shape to ask for.
+_LOOKS = attrgetter("shape", "dtype", "layout", "is_meta")
+
 #: A layer of this class adds a counter that an old checkpoint lacks, and else loads as every module does.
 _Norm = nn.modules.batchnorm._NormBase
 
@@ -100,7 +104,7 @@ def _is_plain(modules: list[tuple[str, nn.Module]], ways: tuple[set[str], tuple[
     plain = {cls: all(_is_torchs(cls, name) for name in methods) for cls in {type(module) for _, module in modules}}
     states = [vars(module) for _, module in modules[1:]]
     hooked = any(any(map(itemgetter(hook), states)) for hook in hooks)
-    return all(plain.values()) and not hooked and all(map(methods.isdisjoint, states))
+    return all(plain.values()) and not hooked and not any(name in state for name in methods for state in states)
 
 
 def _is_torchs(cls: type[nn.Module], name: str) -> bool:
@@ -117,7 +121,7 @@ def _load_directly(root: nn.Module, tuning: Tuning, state_dict: Mapping[str, Any
     is_base = _is_base(tuning, given)
     if not given <= own.keys() or _missing(tuning, own.keys(), given, is_base) or _partial(tuning, given):
         return False
-    if not all(_fits(value, own[key]) for key, value in state_dict.items()) or (assign and not _is_assignable(own, state_dict)):
+    if not _fit(list(state_dict.values()), [own[key] for key in state_dict]) or (assign and not _is_assignable(own, state_dict)):
         return False
     values = dict(state_dict)
     if is_base:
@@ -164,8 +168,12 @@ def _is_hooked_by_us_alone(root: nn.Module) -> bool:
     return [getattr(hook, "hook", None) for hook in before] == [_complete] and not root._load_state_dict_post_hooks
 
 
-def _fits(value: Any, own: Tensor) -> bool:
-    return type(value) in _DENSE and type(own) in _DENSE and not own.is_meta and _misfit("", value, own) is None
+def _fit(values: list[Any], own: list[Tensor]) -> bool:
+    if not _DENSE.issuperset(map(type, values)) or not _DENSE.issuperset(map(type, own)) or any(tensor.is_meta for tensor in own):
+        return False
+    if not any(value.is_nested for value in values) and list(map(_LOOKS, values)) == list(map(_LOOKS, own)):
+        return True  # as nearly always; to look for a reason takes longer
+    return all(_misfit("", value, tensor) is None for value, tensor in zip(values, own, strict=True))
 
 
 def _misfit(key: str, value: Any, own: Tensor) -> str | None:
@@ -364,13 +372,16 @@ def _persistent(modules: list[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """What a state dict holds of these modules, in torch's order."""
     own: dict[str, Tensor] = {}
     for name, module in modules:
+        parameters, buffers = module._parameters, module._buffers
+        if not parameters and not buffers:
+            continue
         prefix = f"{name}." if name else ""
-        for key, parameter in module._parameters.items():
+        for key, parameter in parameters.items():
             if parameter is not None:
                 own[prefix + key] = parameter
-        if module._buffers:
+        if buffers:
             scratch = module._non_persistent_buffers_set
-            own.update((prefix + key, buffer) for key, buffer in module._buffers.items() if buffer is not None and key not in scratch)
+            own.update((prefix + key, buffer) for key, buffer in buffers.items() if buffer is not None and key not in scratch)
     return own
 
 
