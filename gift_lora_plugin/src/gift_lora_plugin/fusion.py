@@ -29,17 +29,18 @@ def may_fuse(input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor,
     """
     if torch.compiler.is_compiling() or _under_functorch() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
-    if getattr(forward_ad, "_current_level", 0) >= 0 or input.is_nested or input.layout is not torch.strided:
+    if getattr(forward_ad, "_current_level", 0) >= 0 or input.is_nested or input.layout is not torch.strided or input.is_meta:
         return False
-    tensors = (input, weight, lora_A, lora_B)
-    if not all(type(tensor) in _PLAIN for tensor in tensors) or not input.is_floating_point() or not weight.is_floating_point():
+    if not (type(input) in _PLAIN and type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN):
         return False
-    return not (weight.requires_grad or (bias is not None and bias.requires_grad) or input.is_meta)
+    if not (input.is_floating_point() and weight.is_floating_point()):
+        return False
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def as_autocast(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype in which autocast would multiply them, or as they are outside autocast."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    tensors, device = (input, *others), input.device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

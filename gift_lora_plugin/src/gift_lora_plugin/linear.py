@@ -83,15 +83,11 @@ def _by_effective_weight(
 def _fused(
     input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
 ) -> Tensor:
-    # Rows, because a view made inside the node could not be written into by an activation that follows. An input of other strides
-    # stays as it is, and gives no view; torch takes another kernel for it, and every bit has to be the frozen layer's.
-    rows = input.view(-1, weight.shape[1]) if input.is_contiguous() else input
-    mask = draw_mask(rows, dropout)
-    tensors = as_autocast(rows, weight, bias, lora_A, lora_B)
+    mask = draw_mask(input, dropout)
+    given: tuple[Any, ...] = (*as_autocast(input, weight, bias, lora_A, lora_B), scaling / (1 - dropout), mask)
     trains = torch.is_grad_enabled() and (input.requires_grad or lora_A.requires_grad or lora_B.requires_grad)
-    given: tuple[Any, ...] = (*tensors, scaling / (1 - dropout), mask)
     output: Tensor = _LowRankLinear.apply(*given) if trains else _mapped(*given)[0]
-    return output if output.dim() == input.dim() else output.view(*input.shape[:-1], weight.shape[0])
+    return output
 
 
 def _mapped(
@@ -99,8 +95,8 @@ def _mapped(
 ) -> tuple[Tensor, Tensor]:
     """What the layer gives, and the thin product ``s A x^T``."""
     output = F.linear(input, weight, bias)
-    hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), scaling)
-    add_product(output.view(-1, weight.shape[0]), hidden.t(), lora_B.t())
+    hidden = times(F.linear(lora_A, _thin_rows(input, mask, lora_A)), scaling)
+    add_product(_rows(output), hidden.t(), lora_B.t())
     return output, hidden
 
 
@@ -126,7 +122,7 @@ class _LowRankLinear(torch.autograd.Function):
         output, hidden = _mapped(input, weight, bias, lora_A, lora_B, scaling, mask)
         ctx.save_for_backward(input, weight, lora_A, lora_B, packed(mask), hidden)
         ctx.scaling = scaling
-        return output
+        return output.data  # torch may have made it a view, and an activation in place could not write into a view from a node
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -139,17 +135,17 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
     mask = unpacked(bits, input)
     grad_thin = as_dtype(grad, lora_B.dtype)
-    grad_hidden = times(lora_B.t() @ grad_thin.t(), ctx.scaling)
+    grad_hidden = times(F.linear(lora_B.t(), grad_thin), ctx.scaling)
     grad_input = grad_A = grad_B = None
     if needs_input:
         grad_input = grad @ weight
         add_product(grad_input, grad_hidden.t(), lora_A, mask=None if mask is None else _rows(mask))
-        grad_input = grad_input.view(input.shape)
+        grad_input = grad_input if input.dim() == 2 else grad_input.view(input.shape)
     if needs_A:
         grad_A = grad_hidden @ _thin_rows(input, mask, lora_A)
     if needs_B:
         if torch.is_grad_enabled():
-            hidden = times(lora_A @ _thin_rows(input, mask, lora_A).t(), ctx.scaling)
+            hidden = times(F.linear(lora_A, _thin_rows(input, mask, lora_A)), ctx.scaling)
         grad_B = (hidden @ grad_thin).t()
     return grad_input, None, None, grad_A, grad_B, None, None
 
