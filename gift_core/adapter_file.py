@@ -239,7 +239,7 @@ def _describe(root: nn.Module) -> Description:
     return Description(
         strategy=_as_data(tuning.config),
         strategy_text=tuning.strategy,
-        provider=_provider(tuning.config),
+        provider=_provider(tuning),
         core_version=__version__,
         sites=_sites(adopted),
         structure=tuning.structure,
@@ -258,14 +258,13 @@ def _as_data(config: Any) -> dict[str, Any] | None:
         raise StrategyError(f"not saved: the strategy's to_config gives no plain JSON data ({error}).") from error
 
 
-def _provider(config: Mapping[str, Any] | None) -> dict[str, str | None] | None:
-    if config is None:
-        return None
-    try:
-        found = find_provider(config["name"])
-    except PluginError:
-        return None  # a class with a name that no installed package registers
-    return {"distribution": found.distribution, "version": found.version}
+def _provider(tuning: Tuning) -> dict[str, str | None] | None:
+    # kept, because the code that tuned the model stays what it was, and a save into a folder on sys.path has all metadata read anew
+    if tuning.provider is None and tuning.config is not None:
+        with contextlib.suppress(PluginError):  # a class with a name that no installed package registers
+            found = find_provider(tuning.config["name"])
+            tuning.provider = {"distribution": found.distribution, "version": found.version}
+    return tuning.provider
 
 
 def _sites(adopted: Iterable[tuple[str, nn.Module]]) -> dict[str, dict[str, str]]:

@@ -77,6 +77,7 @@ class Tuning:
             the base's parameters; ``statistics`` the buffers of normalisation layers; ``buffers`` other persistent buffers.
         has_originals: False when ``keep_originals=False`` left the values of kept parameters out.
         merged: whether weights are merged. ``paused``: whether `tuning_disabled` is active. ``full``: whether state dicts hold all.
+        provider: distribution and version of the strategy's plugin, once a save has looked them up; None before.
         governor: a weak reference to the set of adapters that this one belongs to. A copy or pickle of the model belongs to none.
     """
 
@@ -96,6 +97,7 @@ class Tuning:
     merged: bool = False
     paused: bool = False
     full: bool = False
+    provider: dict[str, str | None] | None = None
     governor: Callable[[], Governor | None] | None = None
 
     def governed_by(self) -> Governor | None:
@@ -147,16 +149,20 @@ def tuned_root(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise StateError(f"expected a tuned torch.nn.Module, got {type(module).__name__}.")
-    roots = [(name, child) for name, child in _once(walk_modules(module)) if find_tuning(child) is not None]
-    if not roots:
-        tuning_of(module)  # raises
-    if len(roots) > 1 and roots[0][1] is not module:
-        names = ", ".join(repr(name) for name, _ in roots)
-        raise StateError(f"{type(module).__name__} holds several tuned models ({names}): pass the one you mean.")
-    root: nn.Module = roots[0][1]
+    root = module if find_tuning(module) is not None else _only_root_in(module)
     if tuning_of(root).paused:
         raise StateError("tuning is switched off by tuning_disabled(model) just now: leave that context first.")
     return root
+
+
+def _only_root_in(module: nn.Module) -> nn.Module:
+    roots = [(name, child) for name, child in _once(walk_modules(module)) if find_tuning(child) is not None]
+    if not roots:
+        tuning_of(module)  # raises
+    if len(roots) > 1:
+        names = ", ".join(repr(name) for name, _ in roots)
+        raise StateError(f"{type(module).__name__} holds several tuned models ({names}): pass the one you mean.")
+    return roots[0][1]
 
 
 def adopted_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
