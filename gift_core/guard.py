@@ -7,6 +7,7 @@ after. Tensors of one shape are copied and compared together: the cost is that o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,9 @@ class Guard:
     def __init__(self, tensors: Iterable[Tensor], room: Room | None = None) -> None:
         self._room = room or Room()
         self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
-        self._aliases = [tensor.detach() for tensor in self._tensors]
-        self._versions = [tensor._version for tensor in self._tensors]
-        self._groups = list(_alike(self._tensors))
+        self._looks = [_look(tensor) for tensor in self._tensors]
+        self._aliases = [tensor.data for tensor in self._tensors]
+        self._groups = list(_alike(self._looks))
         self._values = [self._read(group, use) for use, group in enumerate(self._groups)]
 
     def written(self) -> list[Tensor]:
@@ -78,11 +79,8 @@ class Guard:
         return [item for group, values in zip(self._groups, self._values, strict=True) for item in self._written_of(group, values)]
 
     def _written_of(self, group: Sequence[int], values: Tensor) -> list[tuple[int, Tensor]]:
-        plain = _is_plain(self._aliases[group[0]])
-        touched = {at for at in group if self._tensors[at]._version != self._versions[at]}
-        if plain:
-            touched |= {at for at in group if not _is_same_memory(self._tensors[at], self._aliases[at])}
-        if not touched and (not plain or not _differ(self._read(group, _AGAIN), values)):
+        touched = {at for at in group if _look(self._tensors[at]) != self._looks[at]}
+        if not touched and (self._looks[group[0]][-1] is None or not _differ(self._read(group, _AGAIN), values)):
             return []
         return [
             (at, value) for at, value in zip(group, values, strict=True) if at in touched or not same_bits(self._aliases[at], value)
@@ -94,8 +92,15 @@ def _differ(now: Tensor, then: Tensor) -> bool:
     return bool(bits_of(now).bitwise_xor_(bits_of(then)).view(torch.uint8).any())
 
 
-def _is_same_memory(tensor: Tensor, alias: Tensor) -> bool:
-    return tensor.dtype is alias.dtype and tensor.device == alias.device and tensor.is_set_to(alias)
+#: The version of a tensor; its address and strides; and its shape, dtype and device, or None where it is no plain dense tensor.
+_Look = tuple[int, tuple[Any, ...], tuple[Any, ...] | None]
+
+
+def _look(tensor: Tensor) -> _Look:
+    """What shows that a tensor was written, or has other memory, without a look at its numbers."""
+    if not _is_plain(tensor):
+        return tensor._version, (), None
+    return tensor._version, (tensor.data_ptr(), tensor.stride()), (tensor.shape, tensor.dtype, tensor.device)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -103,10 +108,9 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and dense and not (tensor.is_conj() or tensor.is_neg())
 
 
-def _alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+def _alike(looks: Iterable[_Look]) -> Iterator[list[int]]:
     """The places of tensors that can be stacked."""
     groups: dict[object, list[int]] = {}
-    for at, tensor in enumerate(tensors):
-        key = (tensor.shape, tensor.dtype, tensor.device) if _is_plain(tensor) else at
-        groups.setdefault(key, []).append(at)
+    for at, (_, _, kind) in enumerate(looks):
+        groups.setdefault(at if kind is None else kind, []).append(at)
     yield from groups.values()

@@ -13,7 +13,6 @@ import dataclasses
 import enum
 import operator
 from collections.abc import Iterable, Mapping, MutableMapping, MutableSet
-from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -44,14 +43,10 @@ class _Module(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module) -> _Module:
         attributes = module.__dict__.copy()
-        contents, empty = [], []
-        for value in attributes.values():
-            if isinstance(value, _CONTAINERS):
-                if value:
-                    contents.append((value, value.copy()))
-                else:
-                    empty.append(value)  # most are, and a model has millions of them: they are not copied
-        return cls(module, type(module), attributes, contents, empty)
+        held = [value for value in attributes.values() if isinstance(value, _CONTAINERS)]
+        # most are empty, and a model has millions of them: they are not copied
+        contents = [(value, value.copy()) for value in held if value]
+        return cls(module, type(module), attributes, contents, [value for value in held if not value])
 
 
 @dataclasses.dataclass
@@ -102,9 +97,12 @@ def take_snapshot(root: nn.Module) -> Snapshot:
 def added(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> dict[Any, Any] | None:
     """What stands in ``after`` behind all that ``before`` held, the usual change; None if anything else is different."""
     # compared in C, because this runs several times for every module of a model
-    if len(after) < len(before) or not all(map(operator.is_, before.values(), after.values())):
+    size, names = len(before), list(after)
+    if len(names) < size or not all(map(operator.is_, before.values(), after.values())):
         return None
-    return dict(islice(after.items(), len(before), None)) if all(map(operator.is_, before, after)) else None
+    if not all(map(operator.is_, before, names)):
+        return None
+    return {name: after[name] for name in names[size:]}
 
 
 def undo(changes: Iterable[Change]) -> None:

@@ -360,7 +360,8 @@ def _act(action: PlannedAction, flags: dict[int, bool]) -> list[tuple[Tensor, bo
     answered_for = parameters_at(action.site)
     for parameter in answered_for:
         # each action finds the model's own flag, so that what it leaves is its own wish, also for a tensor that another had
-        parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
+        if (flag := flags.get(id(parameter), trains := parameter.requires_grad)) is not trains:
+            parameter.requires_grad_(flag)
     try:
         action()
     except Exception as error:
