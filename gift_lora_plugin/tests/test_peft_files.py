@@ -226,9 +226,17 @@ class TiedHead(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(8, 6)
-        self.fc = nn.Linear(6, 8, bias=False)
+        self.tokens = nn.Embedding(11, 6)
+        self.mid = nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 11, bias=False)
         self.fc.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.mid(self.tokens(x)).tanh())  # type: ignore[no-any-return]
+
+    def untie(self) -> None:
+        """Give the output layer a weight of its own."""
+        self.fc.weight = nn.Parameter(self.fc.weight.detach().clone())
 
 
 @pytest.mark.parametrize(
@@ -243,7 +251,7 @@ def test_starts_that_peft_does_not_make_are_refused(model: Callable[[], nn.Modul
     """A start at a layer where PEFT makes none, or where it would change another layer too, is refused by name."""
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": start}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {"fc.lora_A.weight": torch.zeros(2, 6), "fc.lora_B.weight": torch.zeros(8, 2)}
+    tensors = {"fc.lora_A.weight": torch.zeros(2, 6), "fc.lora_B.weight": torch.zeros(11 if model is TiedHead else 8, 2)}
     save_file({f"base_model.model.{key}": value for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
 
     with pytest.raises(AdapterMismatchError, match=re.escape(says)):
@@ -418,6 +426,76 @@ def test_a_tied_module_trained_in_full_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterFormatError, match="0: its weight is shared with another module"):
         export_peft(model, tmp_path / "peft")
+
+
+def saved_by_peft(base: nn.Module, directory: Path, **settings: Any) -> Any:
+    """PEFT's model with an adapter that trained, whose files are in the folder."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **settings)
+    theirs = stir(peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)).eval()
+    theirs.save_pretrained(str(directory))  # type: ignore[operator]
+    return theirs
+
+
+@pytest.mark.parametrize("saved", [["tokens"], ["fc"], ["tokens", "fc"]], ids=str)
+def test_a_copy_that_peft_untied_is_refused(saved: list[str], tmp_path: Path) -> None:
+    """What PEFT trained apart of a tied pair is refused by name before anything changes; once the base is untied it loads."""
+    base, names = TiedHead(), {"tokens.weight", "fc.weight"}
+    theirs = saved_by_peft(base, tmp_path, target_modules=["mid"], modules_to_save=saved)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+
+    for name in saved:
+        with pytest.raises(AdapterMismatchError, match=rf"{name}.weight is tied to {(names - {f'{name}.weight'}).pop()}.*untie"):
+            load_peft(base, tmp_path)
+
+    assert base.fc.weight is base.tokens.weight
+    assert type(base.mid) is nn.Linear
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+
+    base.untie()
+    load_peft(base, tmp_path)
+
+    assert_same_model(base, theirs, TOKENS)
+
+
+class TiedWithin(nn.Module):
+    """A tied pair that lies in one module, and a bias that a second module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm = TiedHead()
+        self.out = nn.Linear(11, 6)
+        self.again = nn.Linear(6, 6)
+        self.again.bias = self.out.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.out(self.lm(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["out"], "modules_to_save": ["lm"]}, {"target_modules": ["mid"], "bias": "all"}], ids=str
+)
+def test_a_tie_that_peft_keeps_is_loaded(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A pair inside of one trained module, and a bias of two layers, stay tied in PEFT and here."""
+    base = TiedWithin()
+    theirs = saved_by_peft(base, tmp_path, **settings)
+
+    load_peft(base, tmp_path)
+
+    assert base.lm.fc.weight is base.lm.tokens.weight
+    assert_same_model(base, theirs, TOKENS)
+
+
+def test_values_that_a_tie_cannot_hold_are_refused(tmp_path: Path) -> None:
+    """Two values for one tensor of the model are refused, whichever would be written last."""
+    base = TiedWithin()
+    saved_by_peft(base, tmp_path, target_modules=["mid"], bias="all")
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.again.bias"] += 1
+    save_file(tensors, file)
+
+    with pytest.raises(AdapterMismatchError, match=r"out.bias is tied to again.bias, and the file holds other values.*untie"):
+        load_peft(base, tmp_path)
 
 
 def test_an_embedding_has_no_dropout_in_peft(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -48,12 +48,14 @@ class _Content:
     Attributes:
         sites: PEFT's tensors of each adapted layer, by its name.
         trained: values of the base model's own parameters and buffers, by key.
+        copies: of the keys of ``trained`` those that PEFT trained in a copy of a module, with the module's name.
         base: values that the base model has to have, by key.
         problems: keys that belong nowhere.
     """
 
     sites: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     trained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
     base: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
 
@@ -185,18 +187,20 @@ def _sort_base_key(key: str, tensor: Tensor, config: PeftConfig, own: Iterable[s
         else:
             content.base[plain] = tensor  # the frozen weight, written along where a vocabulary may have grown
         return plain in own
-    is_saved = any(_lies_in(owner, module) for module in config.modules_to_save)
-    if is_saved or (last == "bias" and config.bias == "all"):
+    copied = _copied_module(owner, config.modules_to_save)
+    if copied is not None:
+        content.copies[name] = copied
+    if copied is not None or (last == "bias" and config.bias == "all"):
         content.trained[name] = tensor
     else:
         content.base[name] = tensor
     return name in own
 
 
-def _lies_in(owner: str, ending: str) -> bool:
-    """Whether a module, or one that holds it, has a name that ends so."""
-    ends = [len(owner), *(at for at, character in enumerate(owner) if character == ".")]
-    return any(owner[:end].endswith(ending) for end in ends)
+def _copied_module(owner: str, endings: Sequence[str]) -> str | None:
+    """The outermost of a module and those that hold it whose name ends so; PEFT trains a copy of it."""
+    ends = [*(at for at, character in enumerate(owner) if character == "."), len(owner)]
+    return next((owner[:end] for end in ends if any(owner[:end].endswith(ending) for ending in endings)), None)
 
 
 def _named(name: str) -> str:
@@ -228,9 +232,33 @@ def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Mod
         if key in own and tensor.shape != own[key].shape:
             yield f"{key} is {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the model"
     yield from _wrong_numbers(content.trained)
+    yield from _torn_ties(content, model)
     for key, tensor in content.base.items():
         if key in own and tensor.shape == own[key].shape and not torch.equal(tensor.to(own[key].dtype), own[key].cpu()):
             yield f"{key} is frozen, and the file holds other values: load these into the base model first"
+
+
+def _torn_ties(content: _Content, model: nn.Module) -> Iterator[str]:
+    """What the model holds in one tensor, and PEFT trained apart."""
+    tensors = _named_tensors(model)
+    ties: dict[int, list[str]] = {}
+    for key, tensor in tensors.items():
+        ties.setdefault(id(tensor), []).append(key)
+    for key, value in content.trained.items():
+        for other in ties.get(id(tensors.get(key)), ()):
+            if key in content.copies and not other.startswith(f"{content.copies[key]}."):
+                yield f"{key} is tied to {other}, and PEFT trained a copy of it alone: untie the base model first (docs/guide.md)"
+            elif other < key and other in content.trained and not _agree(value, content.trained[other]):
+                yield f"{key} is tied to {other}, and the file holds other values for it: untie the base model first (docs/guide.md)"
+
+
+def _agree(value: Tensor, other: Tensor) -> bool:
+    return value.dtype == other.dtype and torch.equal(value, other)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _start_refusal(module: nn.Module, config: PeftConfig, holders: Mapping[int, int]) -> str | None:
@@ -283,8 +311,10 @@ def _strategy(
         )
         for group, names in groups.items()
     ]
-    parameters = {name for name, _ in next(iter(modules.values())).named_parameters(remove_duplicate=False)}
-    full = sorted(key for key in content.trained if key in parameters and not _is_bias_of(key, factors))
+    model = next(iter(modules.values()))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}  # the name by which a cap finds a tied one
+    parameters = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    full = sorted({parameters[key] for key in content.trained if key in parameters and not _is_bias_of(key, factors)})
     if full:
         strategies.append(FullFineTuningStrategy(targets=[literal_pattern(key) for key in full]))
     return strategies[0] if len(strategies) == 1 else merge_strategies(strategies)
@@ -330,6 +360,6 @@ def _write(model: nn.Module, factors: Mapping[str, Factors], content: _Content) 
             layer.lora_B.copy_(update.B)
             if update.magnitude is not None:
                 layer.lora_magnitude.copy_(update.magnitude)
-        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        tensors = _named_tensors(model)
         for key, value in content.trained.items():
             tensors[key].copy_(value)
