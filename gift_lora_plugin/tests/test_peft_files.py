@@ -6,6 +6,7 @@ the last place of the dtype: 1e-12 in double, 1e-5 in single precision, 3e-2 in 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from gift_core import (
     FullFineTuningStrategy,
+    GiftWarning,
     disable_fine_tuning,
     enable_fine_tuning,
     load_adapter,
@@ -43,7 +45,7 @@ from gift_core.errors import (
 )
 from gift_lora_plugin import LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy
 from gift_lora_plugin.peft_config import alpha_for, alphas, anchored, config_data, config_from
-from gift_lora_plugin.peft_files import export_peft, import_peft, load_peft
+from gift_lora_plugin.peft_files import PEFT, export_peft, import_peft, load_peft
 from gift_lora_plugin.peft_layers import refusal
 from gift_lora_plugin.settings import scaling_of
 
@@ -426,6 +428,37 @@ def test_a_tied_module_trained_in_full_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterFormatError, match="0: its weight is shared with another module"):
         export_peft(model, tmp_path / "peft")
+
+
+def test_a_tied_layer_is_exported_with_a_warning(tmp_path: Path) -> None:
+    """PEFT answers with an adapted tied layer as we do; that it merges another model is told, and with the base untied it does not."""
+    base = TiedHead()
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, ALPHA))
+
+    with pytest.warns(GiftWarning, match=r"fc: the weight is tied.*merge_and_unload.*Untie the base") as caught:
+        done = export_peft(stir(tuned), tmp_path)
+
+    assert done.notes == (str(caught[0].message),)
+    expected = tuned(TOKENS)
+    theirs = with_peft(base, tmp_path)
+    assert_close(theirs(TOKENS), expected)
+    assert (theirs.merge_and_unload()(TOKENS) - expected).abs().max() > 0.01
+    base.untie()
+    assert_same_model(tuned, with_peft(base, tmp_path), TOKENS)
+
+
+def test_the_command_tells_of_a_tied_layer_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """What ``gift convert`` prints as notes names the tied layer, and no warning says it a second time."""
+    tuned, base = TiedHead(), TiedHead()
+    base.load_state_dict(tuned.state_dict())
+    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK))
+    save_adapter(tuned, tmp_path / "adapter.safetensors")
+
+    notes = PEFT.export(tmp_path / "adapter.safetensors", tmp_path / "peft", model=base)["notes"]
+
+    assert [note.partition(":")[0] for note in notes] == ["fc"]
+    assert not [warning for warning in recwarn if issubclass(warning.category, GiftWarning)]
 
 
 def saved_by_peft(base: nn.Module, directory: Path, **settings: Any) -> Any:
@@ -903,6 +936,9 @@ def small_model(kind: str) -> tuple[Any, list[str]]:
         return transformers.BertForSequenceClassification(config).eval(), ["*.query", "*.value", "*.dense", "*.word_embeddings"]
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**size)).eval(), ["*.q_proj", "*.down_proj", "*.embed_tokens"]
+    if kind == "tied llama":
+        config = transformers.LlamaConfig(**size, tie_word_embeddings=True)
+        return transformers.LlamaForCausalLM(config).eval(), ["*.q_proj", "lm_head"]
     config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2)
     return transformers.GPT2LMHeadModel(config).eval(), ["*.c_attn", "*.c_fc"]
 
@@ -911,13 +947,14 @@ IDS = torch.tensor([[3, 7, 1, 20], [5, 5, 39, 0]])
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
-@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "tied llama", "gpt2"])
 def test_transformers_loads_what_was_exported(kind: str, dora: bool, tmp_path: Path) -> None:
-    """The load_adapter of transformers, and PEFT, give the exported model's answers."""
+    """The load_adapter of transformers, and PEFT, give the exported model's answers, and so does PEFT merged, of an untied base."""
     base, targets = small_model(kind)
     tuned = copy.deepcopy(base)
     enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, ALPHA, targets=targets, use_dora=dora))
-    export_peft(stir(tuned), tmp_path)
+    with pytest.warns(GiftWarning, match="^lm_head: the weight is tied") if kind == "tied llama" else contextlib.nullcontext():
+        export_peft(stir(tuned), tmp_path)
     loaded = copy.deepcopy(base)
     loaded.load_adapter(str(tmp_path))
     with torch.no_grad():
@@ -926,6 +963,10 @@ def test_transformers_loads_what_was_exported(kind: str, dora: bool, tmp_path: P
         assert (expected - base(IDS).logits).abs().max() > 0.01
         assert_close(loaded.eval()(IDS).logits, expected)
         assert_close(with_peft(base, tmp_path)(IDS).logits, expected)
+        if kind == "tied llama":
+            base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+            base.config.tie_word_embeddings = False
+        assert_close(with_peft(base, tmp_path).merge_and_unload()(IDS).logits, expected)
 
 
 def test_transformers_loads_a_trained_head_and_biases(tmp_path: Path) -> None:

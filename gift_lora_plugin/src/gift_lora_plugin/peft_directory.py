@@ -44,7 +44,7 @@ class Conversion:
         modules_to_save: the modules that are trained in full.
         bias: which biases are trained, in PEFT's words: ``none``, ``lora_only`` or ``all``.
         file_bytes: the size of what was written, or read.
-        notes: what a user should know, and changes no answer of the model.
+        notes: what a user should know, and changes no answer of the model as it is.
     """
 
     layers: int

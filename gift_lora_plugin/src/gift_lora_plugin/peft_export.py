@@ -1,18 +1,21 @@
 """From a tuned model, or an adapter file, to the files of PEFT.
 
-What is exported computes the same in PEFT, or nothing is written and every reason is named.
+What is exported computes the same in PEFT, or nothing is written and every reason is named. One thing is exported with a warning: a
+layer that shares its weight with another is right in PEFT's forward, and not once PEFT has merged it.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from gift_core.errors import AdapterFormatError, ParameterError
+from gift_core.errors import AdapterFormatError, GiftWarning, ParameterError
 from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.peft_config import alpha_for, config_data
 from gift_lora_plugin.peft_directory import PREFIX, Conversion, write_files
@@ -35,6 +38,9 @@ def export_peft(
     A convolution in the ``balanced`` layout becomes one of ``k0`` times the rank, and PiSSA and OLoRA become plain factors of twice the
     rank for the unchanged base model; each is the same update, to the last bit of the scaling, which PEFT divides from a numerator.
 
+    A layer that shares its weight with another, as an output layer may with the embedding, is exported with a warning: PEFT's forward
+    is right, and its ``merge_and_unload`` changes the other layer, too, unless the base model is untied first.
+
     Args:
         source: a tuned model, or an adapter file.
         directory: the folder; it is made if need be.
@@ -51,6 +57,22 @@ def export_peft(
         ParameterError: if ``base_model`` or ``task_type`` is no text.
         StateError: if the model is not tuned, or the one for a file is.
     """
+    done, warned = export_with_warnings(source, directory, model=model, base_model=base_model, task_type=task_type, force=force)
+    for text in warned:
+        warnings.warn(text, GiftWarning, stacklevel=2)
+    return done
+
+
+def export_with_warnings(
+    source: nn.Module | str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module | None,
+    base_model: str | os.PathLike[str] | None,
+    task_type: str | None,
+    force: bool,
+) -> tuple[Conversion, list[str]]:
+    """`export_peft`, with those of its notes that deserve a warning, for a caller that shows the notes itself."""
     base, task = _text("base_model", base_model), _text("task_type", task_type)
     with opened(source, model) as adapter:
         full = InFull.of(adapter)
@@ -70,7 +92,8 @@ def export_peft(
         ranks = {name: next(iter(found.values())).shape[0] for name, found in layers.items()}
         config = _config(adapter, ranks, full, base, task)
         size = write_files(Path(directory), config, tensors, force=force)
-        return Conversion(len(layers), tuple(full.modules), full.bias, size, tuple(_notes(adapter)))
+        warned = list(_ties(adapter))
+        return Conversion(len(layers), tuple(full.modules), full.bias, size, (*_notes(adapter), *warned)), warned
 
 
 def _config(adapter: Adapter, ranks: Mapping[str, int], full: InFull, base_model: str | None, task_type: str | None) -> dict[str, Any]:
@@ -104,7 +127,20 @@ def _notes(adapter: Adapter) -> Iterator[str]:
     if max(dropouts) and any(isinstance(site.module, nn.Embedding) for site in adapter.sites.values()):
         yield "PEFT has no dropout on an embedding, which matters in training alone"
     if adapter.root is None:
-        yield "the layers were taken to be plain torch.nn.Linear, because no model was given"
+        yield "the layers were taken to be plain torch.nn.Linear with weights of their own, because no model was given"
+
+
+def _ties(adapter: Adapter) -> Iterator[str]:
+    if adapter.root is None:
+        return
+    holders = Counter(id(parameter) for module in adapter.root.modules() for parameter in module._parameters.values())
+    weights = {name: site.module._parameters["weight"] for name, site in adapter.sites.items() if site.module is not None}
+    if tied := [name for name, weight in weights.items() if holders[id(weight)] > 1]:
+        yield (
+            f"{listed(tied)}: the weight is tied to another layer, which PEFT's merge_and_unload changes as well, so that the merged "
+            "model answers otherwise there; unmerged it answers the same. Untie the base model before PEFT merges (docs/guide.md), or "
+            "exclude these layers when you tune"
+        )
 
 
 def _problems(adapter: Adapter) -> Iterator[str]:

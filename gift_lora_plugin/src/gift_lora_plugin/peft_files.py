@@ -14,7 +14,7 @@ from torch import nn
 
 from gift_core.errors import StateError
 from gift_lora_plugin.peft_directory import Conversion
-from gift_lora_plugin.peft_export import export_peft
+from gift_lora_plugin.peft_export import export_peft, export_with_warnings
 from gift_lora_plugin.peft_import import import_peft, load_peft
 
 __all__ = ["PEFT", "Conversion", "PeftFormat", "export_peft", "import_peft", "load_peft"]
@@ -36,7 +36,9 @@ class PeftFormat:
         task_type: str | None = None,
     ) -> dict[str, Any]:
         """Write the adapter file as a folder of PEFT's files; see `export_peft`."""
-        return export_peft(adapter, target, model=model, base_model=base_model, task_type=task_type, force=force).to_dict()
+        # the command shows every note
+        done, _ = export_with_warnings(adapter, target, model=model, base_model=base_model, task_type=task_type, force=force)
+        return done.to_dict()
 
     def import_(
         self, source: Path, adapter: Path, *, model: nn.Module | None = None, force: bool = False, ignore: str | Sequence[str] = ()
