@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -118,7 +120,8 @@ def switch(source: Arrangement, target: Arrangement) -> None:
         for slot in target.beyond(source):
             slot.base = slot.mapping.get(slot.key, ABSENT)
             slot.base_world = slot.place.world()
-        _catch_up(_late(source, target))
+        _catch_up(_late_of_the_base(source, target))
+        _catch_up(_late(source, target))  # after a module that comes back itself, because it tells where its adapter's tensors belong
         is_written = True
         _write(source, target)
         _enter_modes(target)
@@ -202,11 +205,15 @@ def _return_base_values(arrangement: Arrangement) -> None:
 
 
 def _late(source: Arrangement, target: Arrangement) -> Iterator[tuple[Any, World, World]]:
-    """What is about to come back to a place that has moved or changed its mode since: (thing, world then, world now)."""
+    """What of an adapter is about to come back to a place that has moved or changed its mode since: (thing, world then, world now)."""
     known = dict(zip(source.parked, source.worlds, strict=True))
     for (place, positions), then in zip(target.parked.items(), target.worlds, strict=True):
         if (now := known.get(place) or place.world()) != then:
             yield from ((target.values[at], then, now) for at in positions)
+
+
+def _late_of_the_base(source: Arrangement, target: Arrangement) -> Iterator[tuple[Any, World, World]]:
+    """The same for what the base has in place of the adapter that is in use."""
     for slot in source.beyond(target):
         if isinstance(slot.base, (Tensor, nn.Module)) and (now := slot.place.world()) != slot.base_world:
             yield slot.base, slot.base_world, now
@@ -214,30 +221,42 @@ def _late(source: Arrangement, target: Arrangement) -> Iterator[tuple[Any, World
 
 def _catch_up(late: Iterable[tuple[Any, World, World]]) -> None:
     for thing, then, now in list(late):
-        to: dict[str, Any] = {"device": now[0]} if now[0] != then[0] else {}
-        if now[1] is not None and now[1] != then[1] and now[1].is_floating_point:
-            to["dtype"] = now[1]
-        if to.get("device", torch.device("cpu")).type == "meta":
+        device = now[0] if now[0] != then[0] else None
+        if device is not None and device.type == "meta":
             raise StateError("the model was moved to the meta device, where tensors have no values: move it back before you switch.")
+        has_moved = device is not None or now[1] != then[1]
+        move = functools.partial(_moved, device=device, then=then[1], now=now[1])
         if isinstance(thing, nn.Module):
-            if to:
-                thing.to(**to)
+            if has_moved:
+                thing._apply(move)  # as `to` does, which would make every number complex, or lose the parts of complex ones
             if now[2] != then[2]:
                 thing.train(now[2])
-        elif isinstance(thing, Tensor) and to:
-            _move(thing, to)
+        elif isinstance(thing, Tensor) and has_moved:
+            _move(thing, move)
 
 
-def _move(tensor: Tensor, to: dict[str, Any]) -> None:
+def _move(tensor: Tensor, move: Callable[[Tensor], Tensor]) -> None:
     # the object stays, so that optimizers keep their parameters
-    to = to if tensor.is_floating_point() else {key: value for key, value in to.items() if key != "dtype"}
     if tensor.grad is not None:
-        grad = tensor.grad.detach().to(**to)
+        grad = move(tensor.grad.detach())
         tensor.grad = None
-        tensor.data = tensor.detach().to(**to)
+        tensor.data = move(tensor.detach())
         tensor.grad = grad
     else:
-        tensor.data = tensor.detach().to(**to)
+        tensor.data = move(tensor.detach())
+
+
+def _moved(tensor: Tensor, *, device: torch.device | None, then: torch.dtype | None, now: torch.dtype | None) -> Tensor:
+    return tensor.to(device=device, dtype=tensor.dtype if now is None or now == then else _followed(tensor.dtype, then, now))
+
+
+def _followed(dtype: torch.dtype, then: torch.dtype | None, now: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor whose place went from one dtype to another."""
+    if not all(each.is_floating_point or each.is_complex for each in (dtype, now)):
+        return dtype
+    if now.is_complex != (then is not None and then.is_complex) or now.is_complex == dtype.is_complex:
+        return now
+    return now.to_real() if now.is_complex else dtype  # real beside complex numbers stays so, as the other way about in `double()`
 
 
 # --- reading an arrangement off a tuned model
@@ -250,8 +269,7 @@ class Surveyor:
         self.root = root
         self._slots: dict[tuple[int, Any], Slot] = {}
         self._places: dict[nn.Module, Place] = {}
-        nowhere: tuple[dict[str, Any], str] = ({}, "")
-        self._anchor = next(filter(None, map(_anchor_of, root.modules())), nowhere)
+        self._added: set[int] = set()  # ids of the tensors that are the adapter's at hand
 
     def arrangement(self, tuning: Tuning, *, keep_objects: bool) -> Arrangement:
         """The arrangement of a model as enabling left it.
@@ -264,6 +282,7 @@ class Surveyor:
                 otherwise the base has its own back.
         """
         found: dict[Slot, Any] = {}
+        self._added = _added_by(tuning, self.root)
         swapped = self._swap(tuning, keep_objects)  # may run out of memory, so it comes first
         for slot, before, after in self._changed(tuning.changes):
             slot.base, found[slot] = before, after
@@ -339,16 +358,26 @@ class Surveyor:
 
     def _place(self, module: nn.Module) -> Place:
         if module not in self._places:
-            self._places[module] = Place(module, *(_anchor_of(module) or self._anchor))
+            # Of a module without tensors it is another's. Known debt: an adapter that comes later may replace just that one, and a move
+            # while it is in use is then not seen here.
+            nowhere: tuple[dict[str, Any], str] = ({}, "")
+            candidates = itertools.chain([module], self.root.modules())
+            self._places[module] = Place(module, *next(filter(None, map(self._anchor, candidates)), nowhere))
         return self._places[module]
 
+    def _anchor(self, module: nn.Module) -> tuple[dict[str, Any], str] | None:
+        """A tensor that tells where a module is: one of the base, because an adapter's leaves with it."""
+        for registry in (module._parameters, module._buffers):
+            for name, tensor in registry.items():
+                if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()) and id(tensor) not in self._added:
+                    return registry, name
+        return None
 
-def _anchor_of(module: nn.Module) -> tuple[dict[str, Any], str] | None:
-    for registry in (module._parameters, module._buffers):
-        for name, tensor in registry.items():
-            if tensor is not None and tensor.is_floating_point():
-                return registry, name
-    return None
+
+def _added_by(tuning: Tuning, root: nn.Module) -> set[int]:
+    added = set(tuning.adapter)
+    tensors = (item for buffers in (False, True) for item in named_tensors(root, buffers=buffers))
+    return {id(tensor) for key, _, _, tensor in tensors if key in added}
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import pytest
 import torch
 from models import Delta, WideDelta, fingerprint, mlp
 from torch import Tensor, nn
@@ -61,6 +63,100 @@ def test_a_move_leaves_the_modes_of_a_replaced_modules_parts() -> None:
 
     assert model[2].inner.weight.dtype is torch.float64
     assert model[2].training and not model[2].still.training
+
+
+@pytest.mark.parametrize("at", ["0", "2"])
+def test_a_replaced_module_follows_a_move_wherever_it_stands(at: str) -> None:
+    """The first module of a model, too, follows a move that came while it was replaced, and so does what replaces it."""
+    adapters = AdapterSet(model := mlp())
+    adapters.add("quiet", FineTuningStrategy([(name_is(at), replace_module(Quiet))]))
+    for name, dtype in (("quiet", torch.float64), (None, torch.float32), ("quiet", torch.float64)):
+        adapters.use(None if name else "quiet")
+        model.to(dtype)
+        adapters.use(name)
+
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype}
+
+
+class Sized(Delta):
+    """An update of a complex layer that is scaled by a real number for each output, which comes first."""
+
+    def init_parameters(self, weight: Tensor) -> None:
+        self.size = nn.Parameter(torch.ones(weight.shape[0], 1, dtype=weight.dtype.to_real()))
+        super().init_parameters(weight)
+
+    def reparameterize(self, weight: Tensor) -> Tensor:
+        return self.size * super().reparameterize(weight)
+
+
+class Waves(nn.Module):
+    """A complex layer in place of another, with real numbers besides."""
+
+    def __init__(self, *site: Any) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 2, dtype=torch.complex64)
+        self.window = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.window
+
+
+ADAPTED_WAVES = [
+    FineTuningStrategy([(is_instance(nn.Linear), reparameterize(Sized))]),
+    FineTuningStrategy([(name_is("1"), replace_module(Waves)), (name_is("0"), reparameterize(Sized))]),
+]
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In double precision, complex numbers as such."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+@pytest.mark.parametrize("strategy", ADAPTED_WAVES, ids=["adapted", "replaced"])
+@pytest.mark.parametrize("in_use", [None, "waves", "sized"])
+def test_complex_numbers_that_were_out_follow_a_move(strategy: FineTuningStrategy, in_use: str | None) -> None:
+    """After a complex model went to another precision, what was out of it does too, with imaginary parts, and real numbers real."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3, dtype=torch.complex64), nn.Linear(3, 2, dtype=torch.complex64))
+    adapters, x = AdapterSet(model), torch.randn(2, 4, dtype=torch.complex64)
+    adapters.add("sized", ADAPTED_WAVES[0])
+    adapters.add("waves", strategy)
+    parameters, expected = {name: adapters.parameters(name) for name in adapters}, {}
+    kinds = {name: [parameter.is_complex() for parameter in parameters[name]] for name in adapters}
+    for name in ("sized", "waves", None):
+        adapters.use(name)
+        with torch.no_grad():
+            for parameter in parameters.get(name or "", []):
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        expected[name] = model(x).detach()
+    parameters["sized"][0].grad = gradient = torch.randn_like(parameters["sized"][0])
+
+    adapters.use(in_use)
+    model._apply(precise)
+    for name in ("sized", None, "waves", None, "sized"):
+        adapters.use(name)
+
+        assert {tensor.dtype for tensor in model.state_dict().values()} <= {torch.float64, torch.complex128}
+        torch.testing.assert_close(model(precise(x)), precise(expected[name]), rtol=1e-5, atol=1e-6)
+    for name in adapters:
+        assert [id(parameter) for parameter in adapters.parameters(name)] == [id(parameter) for parameter in parameters[name]]
+        assert [parameter.is_complex() for parameter in parameters[name]] == kinds[name]
+    assert torch.equal(parameters["sized"][0].grad, precise(gradient))
+
+
+def test_a_move_between_real_and_complex_is_followed() -> None:
+    """Where a model itself becomes complex, or real, what was out of it does, as ``to`` does it to what is in use."""
+    adapters = AdapterSet(model := nn.Sequential(nn.Linear(4, 3)))
+    adapters.add("delta", delta())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of both
+        for dtype in (torch.complex64, torch.float32):
+            model.to(dtype)
+            adapters.use("delta")
+
+            assert model[0].delta.dtype is dtype
+
+            adapters.use(None)
 
 
 def test_a_mode_leaves_an_adapters_own_dtype() -> None:
