@@ -48,6 +48,18 @@ def statistics() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7), nn.BatchNorm1d(3)), torch.randn(4, 3, 9)
 
 
+def waves() -> tuple[nn.Module, Tensor]:
+    """A complex convolution, and a complex layer that reads what it gives."""
+    layers = nn.Conv1d(3, 4, 3, dtype=torch.complex64), nn.Flatten(), nn.Linear(28, 5, dtype=torch.complex64)
+    return nn.Sequential(*layers), torch.randn(4, 3, 9, dtype=torch.complex64)
+
+
+def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers, real or complex, with parts of a dtype."""
+    kind = dtype.to_complex() if tensor.is_complex() else dtype
+    return tensor.to(kind) if tensor.is_floating_point() or tensor.is_complex() else tensor
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "linear": linear,
     "conv1d": lambda: convolutions(1),
@@ -56,6 +68,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "embedding": tokens,
     "transposed": transposed,
     "statistics": statistics,
+    "complex": waves,
 }
 
 
@@ -64,18 +77,18 @@ def build(kind: str = "linear", dtype: torch.dtype = torch.float64, **options: A
     torch.manual_seed(0)
     model, x = MODELS[kind]()
     targets = {"targets": ["type:Embedding", "type:Linear"]} if kind == "embedding" else {}
-    adapters = LoRAAdapterSet(model.to(dtype))
+    adapters = LoRAAdapterSet(model._apply(lambda tensor: in_precision(tensor, dtype)))
     for name, rank in (("a", options.pop("rank_a", 2)), ("b", options.pop("rank_b", 2))):
         adapters.add(name, LoRAAllFineTuningStrategy(rank=rank, lora_alpha=3, **targets, **options))
         scramble(adapters, name)
-    return adapters, x.to(dtype) if x.is_floating_point() else x
+    return adapters, in_precision(x, dtype)
 
 
 def scramble(adapters: LoRAAdapterSet, name: str) -> None:
     """Give an adapter random values."""
     with torch.no_grad():
         for parameter in adapters.parameters(name):
-            parameter.normal_(std=0.3)
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
 
 
 def weights_of(adapters: LoRAAdapterSet, name: str | None) -> dict[str, Tensor]:
@@ -121,6 +134,39 @@ def test_a_combination_is_an_ordinary_adapter(method: str, tmp_path: Path) -> No
     others.add("mix", tmp_path / "mix.safetensors")
 
     assert torch.equal(others.use("mix")(x), expected)
+
+
+def test_complex_factors_are_combined_and_have_no_sign() -> None:
+    """The decomposition of a complex sum of full rank is that sum; a method that elects signs is refused with those that work."""
+    adapters, _ = build("complex", train_bias=True)
+    adapters.combine({"a": 0.7, "b": -0.3}, "mix", "svd", rank=4)
+    base, a, b, mix = (weights_of(adapters, name) for name in (None, "a", "b", "mix"))
+    before = adapters.names
+
+    for key, weight in base.items():
+        torch.testing.assert_close(mix[key], weight + 0.7 * (a[key] - weight) - 0.3 * (b[key] - weight))
+    with pytest.raises(
+        ParameterError, match=r"'ties' elects signs, and the numbers at '0' are complex: choose one of 'linear', 'dare'"
+    ):
+        adapters.combine({"a": 0.7, "b": 0.3}, "new", "ties")
+    assert (adapters.names, adapters.active) == (before, None)
+    adapters.combine({"a": 0.7, "b": 0.3}, "dare", "dare", generator=torch.Generator().manual_seed(0))
+    adapters.combine({"a": 0.7, "b": 0.3}, "linear")
+
+
+def test_a_combination_without_a_name_is_named_after_its_parts() -> None:
+    """The name tells the method and the adapters; a second one of that name is refused before anything is combined."""
+    adapters, x = build()
+    adapters.combine({"a": 0.7, "b": 0.3}, "mix", "cat")
+    expected = adapters.use("mix")(x)
+
+    adapters.combine({"a": 0.7, "b": 0.3}, method="cat")
+    adapters.combine({"b": 1.0})
+
+    assert adapters.names == ("a", "b", "mix", "cat-a-b", "linear-b")
+    assert torch.equal(adapters.use("cat-a-b")(x), expected)
+    with pytest.raises(AdapterNameError, match="'cat-a-b' already: choose another name"):
+        adapters.combine({"a": 1.0, "b": 1.0}, method="cat")
 
 
 def test_ranks_that_differ_by_layer(tmp_path: Path) -> None:

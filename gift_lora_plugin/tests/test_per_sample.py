@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from gift_core import FullFineTuningStrategy, merge, merge_strategies
-from gift_core.errors import AdapterNameError, SiteError, StateError
+from gift_core.errors import AdapterNameError, ParameterError, SiteError, StateError
 from gift_lora_plugin import LoRAAdapterSet, LoRAAllFineTuningStrategy
 
 #: The samples of a batch are mixed, some have no adapter, and one adapter changes fewer layers than the other.
@@ -150,6 +150,23 @@ class Tied(nn.Module):
         return self.head(self.inner((x[..., 0].abs() * 9).long() % 11) + x)
 
 
+class Waves(nn.Module):
+    """A convolution and a linear layer of complex numbers, of which the samples are the parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 5, 3, padding=1, dtype=torch.complex64)
+        self.head = nn.Linear(8, 3, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(torch.complex(x, x.tanh())))
+
+
+def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with numbers, real or complex, whose parts are of a dtype."""
+    return model._apply(lambda tensor: tensor.to(dtype.to_complex() if tensor.is_complex() else dtype))
+
+
 def convolutions(dims: int) -> nn.Module:
     """A convolution with padding, stride, groups and dilation, another with circular padding, and a transposed one with groups."""
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
@@ -208,6 +225,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "experts": Experts,
     "encoder": lambda: encoder(True),
     "encoder, time first": lambda: encoder(False),
+    "complex": Waves,
 }
 
 
@@ -215,7 +233,7 @@ def build(kind: str = "linear", dtype: torch.dtype = torch.float64, **options: A
     """A set with adapters ``a`` on every layer and ``b`` of another rank on all but the first of several, and a batch."""
     torch.manual_seed(0)
     model = MODELS[kind]()
-    adapters = LoRAAdapterSet(model.to(dtype))
+    adapters = LoRAAdapterSet(in_precision(model, dtype))
     raw, targets = ({"parameters": "inner.stack"}, None) if kind == "experts" else ({}, "*")
     first = next((name for name, module in model.named_modules() if module._parameters and name), "")
     alone = sum(bool(module._parameters) for module in model.modules()) < 3
@@ -317,6 +335,34 @@ def test_inference_and_autocast(kind: str) -> None:
 
     # under autocast torch gives packed sequences of one sample in another dtype than those of several
     torch.testing.assert_close(output, expected, rtol=5e-2, atol=5e-2, check_dtype=False)
+
+
+def test_dropout_of_complex_numbers() -> None:
+    """In training a complex number of the update's input is dropped or kept as one, and kept ones are scaled up."""
+    adapters = LoRAAdapterSet(nn.Sequential(nn.Linear(1, 1, dtype=torch.complex64)))
+    adapters.add("a", LoRAAllFineTuningStrategy(rank=1, lora_dropout=0.25))
+    scramble(adapters, "a")
+    x = torch.ones(64, 1, dtype=torch.complex64)
+    base, update = adapters.model(x[:1]), adapters.use("a").eval()(x[:1]) - adapters.use(None)(x[:1])
+    adapters.model.train()
+    torch.manual_seed(0)
+    with adapters.per_sample(["a", None] * 32) as model:
+        output = output_of(model, x)
+
+    is_kept = (output - base).abs() > 1e-6
+    assert 0 < is_kept[::2].sum() < 32
+    assert not is_kept[1::2].any()
+    torch.testing.assert_close(output, base + is_kept * update / 0.75)
+
+
+@pytest.mark.parametrize("names", ["ab", None, 3, [["a"]], ["a", 0], b"ab", [("a",), None]], ids=repr)
+def test_names_that_are_no_list_of_names_are_refused(names: Any) -> None:
+    """One text is not taken for its letters, and what is no name ends in an error that shows the form."""
+    adapters, _ = build()
+
+    shown = r'takes a list with one name, or None, for each sample, as in \["a", None, "a"\], got'
+    with pytest.raises(ParameterError, match=shown), adapters.per_sample(names):
+        pass
 
 
 def test_samples_without_an_adapter_are_the_base_s() -> None:

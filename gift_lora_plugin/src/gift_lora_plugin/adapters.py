@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gift_core import AdapterSet, Report
 from gift_core.errors import ParameterError, StateError
 from gift_lora_plugin.combined_strategy import combined_strategy, difference_of
-from gift_lora_plugin.combining import METHODS, SAME_RANK, Factors, Update, combine_parameters
+from gift_lora_plugin.combining import METHODS, REAL_ONLY, SAME_RANK, Factors, Update, combine_parameters
 from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.mixture import Mixture, Survey
 
@@ -55,7 +55,7 @@ class LoRAAdapterSet(AdapterSet):
     def combine(
         self,
         weights: Mapping[str, float],
-        name: str,
+        name: str | None = None,
         method: str = "linear",
         *,
         rank: int | None = None,
@@ -68,24 +68,28 @@ class LoRAAdapterSet(AdapterSet):
 
         Args:
             weights: the adapters, each with its weight.
-            name: of the new one.
+            name: of the new one; None joins the method and the adapters, as in ``linear-a-b``, which is then the last of `names`.
             method: ``cat`` (the exact weighted sum of the updates, at the sum of the ranks), ``svd`` (its best approximation of a given
-                rank), or one of ``linear``, ``ties``, ``dare``, which work on the factors and need one rank for all; see
-                `gift_lora_plugin.combining` for the formulas.
+                rank), or one of ``linear``, ``ties``, ``dare``, which work on the factors and need one rank for all; ``ties`` takes
+                real numbers only. See `gift_lora_plugin.combining` for the formulas.
             rank: of the new adapter, with ``svd``; None takes each layer's largest.
             density: the share that ``ties`` and ``dare`` keep, in (0, 1].
             generator: draws what ``dare`` drops.
 
         Raises:
             AdapterNameError: if an adapter is unknown or the name is taken.
-            ParameterError: if a weight, the method, the rank or the density is not allowed, or ranks differ where they must not.
+            ParameterError: if a weight, the method, the rank or the density is not allowed, ranks differ where they must not, or the
+                method does not take complex numbers.
             StateError: if the adapters are not of the same strategy but for rank, scaling and start, one has DoRA, has moved a buffer
                 (statistics of a normalisation), or trains what is neither its factors nor the base's; the message names it and the
                 reason.
         """
         _check(weights, method, rank, density)
+        name = "-".join([method, *weights]) if name is None else name
+        self._refuse_name(name)
         config = self._common_config(list(weights))
         contents, shares = [self._content(other) for other in weights], list(weights.values())
+        _refuse_complex(method, contents[0])
         options: dict[str, Any] = {"density": density, "generator": generator}
         with self.using(None) as model, torch.no_grad():
             sites = {key: [content.sites[key] for content in contents] for key in contents[0].sites}
@@ -115,16 +119,19 @@ class LoRAAdapterSet(AdapterSet):
         compiled runs eagerly here.
 
         Args:
-            names: one for each sample. Samples lie along the first axis of what every changed layer is called with; in recurrent layers
-                and attention where ``batch_first`` says, or in packed sequences, and around these perhaps along the second axis, too.
+            names: a list with one for each sample. Samples lie along the first axis of what every changed layer is called with; in
+                recurrent layers and attention where ``batch_first`` says, or in packed sequences, and around these perhaps along the
+                second axis, too.
 
         Raises:
             AdapterNameError: if an adapter is unknown.
+            ParameterError: if ``names`` is one text, or no list of names and None.
             SiteError: if the samples of a layer cannot be told apart, or a layer mixes them (BatchNorm in training); the message names
                 it.
             StateError: if a layer is called with another number of samples, something else reads its weight, an adapter has modules of
                 its own, or an adapter is put to use within the context.
         """
+        _check_names(names)
         rows = {name: [at for at, other in enumerate(names) if other == name] for name in dict.fromkeys(names) if name is not None}
         with self._lock, self.using(None) as model:
             if self._is_mixing:
@@ -239,6 +246,21 @@ def _check(weights: Mapping[str, float], method: str, rank: int | None, density:
         raise ParameterError(f"rank is a whole number from 1 up, for method 'svd' alone, got {rank!r} for {method!r}.")
     if not 0 < density <= 1:
         raise ParameterError(f"density must be in (0, 1], got {density!r}.")
+
+
+def _check_names(names: object) -> None:
+    each = names if isinstance(names, Sequence) and not isinstance(names, str) else [names]
+    wrong = [name for name in each if not (name is None or isinstance(name, str))]
+    if each is not names or wrong:
+        given = repr(wrong[0] if wrong else names)
+        raise ParameterError(f'per_sample takes a list with one name, or None, for each sample, as in ["a", None, "a"], got {given}.')
+
+
+def _refuse_complex(method: str, content: _Content) -> None:
+    numbers = {site.place: site.update.lora_B for site in content.sites.values()} | dict(content.kept)
+    if method in REAL_ONLY and (places := [place for place, value in numbers.items() if value.is_complex()]):
+        others = ", ".join(repr(other) for other in METHODS if other not in REAL_ONLY)
+        raise ParameterError(f"{method!r} elects signs, and the numbers at {places[0]!r} are complex: choose one of {others}.")
 
 
 def _combine(sites: list[_Site], weights: list[float], method: str, options: dict[str, Any]) -> Factors:

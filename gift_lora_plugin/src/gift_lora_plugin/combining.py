@@ -65,8 +65,9 @@ def combine_svd(updates: Sequence[Update], weights: Sequence[float], rank: int) 
 def combine_ties(updates: Sequence[Update], weights: Sequence[float], density: float) -> Factors:
     r"""TIES on the factors: trim, elect a sign, merge what agrees with it.
 
-    Of each factor the ``density`` share of largest magnitude is kept; the sign of each number is that of the sum over the adapters; the
-    result is the mean of the kept numbers of that sign, each times :math:`\sqrt{|w_i s_i|}` (for B with the sign of :math:`w_i s_i`).
+    Of each factor, which has to be real, the ``density`` share of largest magnitude is kept; the sign of each number is that of the sum
+    over the adapters; the result is the mean of the kept numbers of that sign, each times :math:`\sqrt{|w_i s_i|}` (for B with the sign
+    of :math:`w_i s_i`).
 
     Source: Yadav et al. 2023, arXiv:2306.01708, section 3.2, there on full task vectors; here on B and on A.
     """
@@ -132,6 +133,9 @@ def combine_parameters(
 
 #: Methods that keep the rank and so need one rank for all.
 SAME_RANK: dict[str, Callable[..., Factors]] = {"linear": combine_linear, "ties": combine_ties, "dare": combine_dare}
+
+#: Methods that ask for the sign of a number, which a complex one does not have.
+REAL_ONLY = frozenset({"ties"})
 
 #: Every method by its name.
 METHODS: dict[str, Callable[..., Factors]] = {**SAME_RANK, "cat": combine_cat, "svd": combine_svd}

@@ -21,6 +21,7 @@ from gift_core.errors import SiteError, StateError
 from gift_lora_plugin.batch_calls import BatchCall, batch_calls_of, is_time_first, tensors_in
 from gift_lora_plugin.layouts import is_transformers_conv1d
 from gift_lora_plugin.lora import LoRA
+from gift_lora_plugin.lowrank import drop
 
 #: What of a weight anybody may have, and is a tensor: it tells nothing of the weight's value.
 _HARMLESS: tuple[Any, ...] = (vars(torch._C.TensorBase)["grad"].__get__, Tensor.requires_grad_)
@@ -172,7 +173,7 @@ def _adds_thinly(plain: nn.Module, adapted: Any) -> bool:
 
 def _update(adapted: Any, value: Tensor) -> Tensor:
     lora_B, lora_A = adapted.factors()
-    dropped = F.dropout(value, adapted.lora_dropout, adapted.training) if adapted.lora_dropout else value
+    dropped = drop(value, adapted.lora_dropout) if adapted.lora_dropout and adapted.training else value
     update: Tensor = F.linear(F.linear(dropped.to(lora_A.dtype), lora_A), lora_B) * adapted.lora_scaling
     return update
 
