@@ -34,7 +34,7 @@ from gift_core.errors import (
 )
 from gift_core.iterator import Inventory
 from gift_core.plugins import find_provider
-from gift_core.record import Tuning, adopted_modules, find_tuning, structure_digest, tuned_root, tuning_of
+from gift_core.record import Tuning, adopted_modules, find_tuning, in_turn, structure_digest, tuned_root, tuning_of
 from gift_core.reparameterization import adoptions_of, method_name
 from gift_core.selection import no_regular_expressions
 from gift_core.state_dict import moved_buffers
@@ -45,6 +45,7 @@ from gift_core.tuning import disable_fine_tuning, enable_fine_tuning
 _STRETCH = 2**19
 
 
+@in_turn
 def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo:
     """Write the trained part of a tuned model into one file, atomically.
 
@@ -86,6 +87,7 @@ def read_adapter_info(path: str | os.PathLike[str]) -> AdapterInfo:
     return decode(path)[0]
 
 
+@in_turn
 def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True, trusted: bool = False) -> AdapterInfo:
     """Load an adapter file into a plain or a tuned model; everything is checked before anything is written.
 

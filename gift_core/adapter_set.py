@@ -12,7 +12,6 @@ import difflib
 import html
 import os
 import re
-import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from gift_core.adapter_format import AdapterInfo
 from gift_core.distributed import is_sharded
 from gift_core.errors import AdapterNameError, AdapterNotFoundError, AdapterWriteError, GiftError, ModelError, StateError
 from gift_core.info import Report, table_info
-from gift_core.record import Tuning, find_tuning, tuned_root, tuning_of
+from gift_core.record import Tuning, find_tuning, tuned_root, tuning_of, turn_of
 from gift_core.strategy import FineTuningStrategy, as_strategy, strategy_from_config
 from gift_core.switching import Arrangement, Surveyor, switch
 from gift_core.tuning import TrainableParameters, disable_fine_tuning, enable_fine_tuning
@@ -61,6 +60,8 @@ class AdapterSet:
       copied.
     - **Threads.** A switch during another thread's forward pass would give it parts of both. Within `using` the set is locked, so that
       threads that compute in this context take turns and are right. `use` alone waits for such a context and protects nobody after it.
+      GIFt's own verbs on the model (saving, loading, merging, disabling, its state dict) take turns with both by themselves, and with
+      each other; what torch does alone (a copy, ``parameters()``, the state dict of a larger model) needs `using`.
     - **Wrappers** (torch.compile, DDP) come after: make the set of the model itself. A sharded model (FSDP2) is not switched.
 
     Args:
@@ -76,7 +77,7 @@ class AdapterSet:
         if not isinstance(model, nn.Module):
             raise ModelError(f"AdapterSet needs a torch.nn.Module, got {type(model).__name__}: pass the model itself.")
         self._model = model
-        self._lock = threading.RLock()
+        self._lock = turn_of(model)
         self._base = Arrangement()
         self._adapters: dict[str, _Adapter] = {}
         self._active: _Adapter | None = None

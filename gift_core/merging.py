@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gift_core.errors import SiteError, StateError
-from gift_core.record import adopted_modules, named_tensors, set_tuning, tuned_root, tuning_of
+from gift_core.record import adopted_modules, in_turn, named_tensors, set_tuning, tuned_root, tuning_of
 from gift_core.reparameterization import adoptions_of, effective_weight, is_opaque, refresh_caches, set_merged
 from gift_core.structure import ABSENT, Snapshot, undo
 
 
+@in_turn
 def merge(module: nn.Module) -> None:
     """Let a tuned model compute with merged weights, for inference. It needs the memory of the adapted weights once more.
 
@@ -43,6 +44,7 @@ def merge(module: nn.Module) -> None:
     tuning.merged = True
 
 
+@in_turn
 def unmerge(module: nn.Module) -> None:
     """Let a merged model compute from the frozen base and the adapter again. The frozen bits were never touched.
 
@@ -68,6 +70,7 @@ def merged(module: nn.Module) -> Iterator[nn.Module]:
         unmerge(module)
 
 
+@in_turn
 def merge_and_unload(module: nn.Module) -> nn.Module:
     """Turn a tuned model into a plain one with tuned weights, in place: original classes and keys, all of the state dict.
 

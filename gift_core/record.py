@@ -6,11 +6,15 @@ carries a record of its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,9 @@ from gift_core.info import Report
 from gift_core.iterator import Inventory, NamedTensor, tensors_of, walk_modules
 from gift_core.reparameterization import is_adopted
 from gift_core.structure import Change
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Where a tuned root keeps its record.
 RECORD_ATTRIBUTE = "_gift_tuning"
@@ -113,6 +120,51 @@ class Governor(Protocol):
 
     def use(self, name: None, /) -> object:
         """Give the base model back."""
+
+
+#: The locks of the models that are switched among several adapters. The record cannot hold them: the base model in use has none.
+_turns: weakref.WeakKeyDictionary[nn.Module, contextlib.AbstractContextManager[Any]] = weakref.WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def turn_of(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The lock under which a governor switches a model: one for each model, whoever asks, to be entered again by who holds it."""
+    with _turns_lock:
+        return _turns.setdefault(model, threading.RLock())
+
+
+@contextlib.contextmanager
+def undisturbed(module: Any) -> Iterator[None]:
+    """Within the context no other thread switches the adapters of a model or of one inside it: for what sees all of an adapter."""
+    with contextlib.ExitStack() as turns:
+        # in one order for all threads, so that none waits for another that waits for it
+        for turn in sorted(_turns_in(module), key=id) if _turns else ():
+            turns.enter_context(turn)
+        yield
+
+
+def in_turn(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let a verb on a model, its first argument, run `undisturbed`."""
+
+    @functools.wraps(verb)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with undisturbed(args[0] if args else kwargs.get("module")):
+            return verb(*args, **kwargs)
+
+    return call
+
+
+def _turns_in(module: Any) -> list[contextlib.AbstractContextManager[Any]]:
+    found, pending, seen = [], [module] if isinstance(module, nn.Module) else [], set()
+    while pending:
+        if id(each := pending.pop()) in seen:
+            continue
+        seen.add(id(each))
+        if (turn := _turns.get(each)) is not None:
+            found.append(turn)  # and no deeper: what is inside may be exchanged just now
+        else:
+            pending += [child for child in list(each._modules.values()) if child is not None]
+    return found
 
 
 def find_tuning(module: nn.Module) -> Tuning | None:

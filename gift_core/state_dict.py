@@ -25,7 +25,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from gift_core.errors import StateDictError, printable
 from gift_core.iterator import Inventory, walk_modules
-from gift_core.record import Original, Tuning, find_tuning, tuned_root, tuning_of
+from gift_core.record import Original, Tuning, find_tuning, tuned_root, tuning_of, undisturbed
 
 StateDict = MutableMapping[str, Any]
 
@@ -48,11 +48,15 @@ class TrainedStateDict:
     def __init__(self, root: nn.Module) -> None:
         self.root = root
 
-    def __call__(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        root = self.root
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        with undisturbed(self.root):
+            return self._saved(*args, **options)
+
+    def _saved(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        root, tuning = self.root, find_tuning(self.root)
         modules = walk_modules(root)
         ours = list(root._state_dict_hooks.values()) == [_keep_trained_part] and not root._state_dict_pre_hooks
-        if args or not ours or not _is_plain(modules, _SAVING):
+        if args or tuning is None or not ours or not _is_plain(modules, _SAVING):
             return type(root).state_dict(root, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if destination is None:
             destination = OrderedDict()
@@ -61,7 +65,7 @@ class TrainedStateDict:
             versions = destination._metadata
             for name, module in modules:
                 versions[prefix + name if name else prefix[:-1]] = {"version": module._version}
-        left_out = _left_out(tuning_of(root))
+        left_out = _left_out(tuning)
         for key, tensor in _persistent(modules).items():
             if key not in left_out:
                 destination[prefix + key] = tensor if keep_vars else tensor.detach()
@@ -75,8 +79,12 @@ class LoadsTrainedPart:
         self.root = root
 
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        root = self.root
-        if isinstance(state_dict, Mapping) and _load_directly(root, tuning_of(root), state_dict, assign):
+        with undisturbed(self.root):
+            return self._loaded(state_dict, strict, assign)
+
+    def _loaded(self, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> Any:
+        root, tuning = self.root, find_tuning(self.root)
+        if tuning is not None and isinstance(state_dict, Mapping) and _load_directly(root, tuning, state_dict, assign):
             return _IncompatibleKeys([], [])
         _refuse_other_things(state_dict)
         if strict:
@@ -211,8 +219,9 @@ def full_state_dict(module: nn.Module) -> Iterator[nn.Module]:
     Raises:
         StateError: if the model is not tuned.
     """
-    tuning = tuning_of(tuned_root(module))
-    was, tuning.full = tuning.full, True
+    with undisturbed(module):
+        tuning = tuning_of(tuned_root(module))
+        was, tuning.full = tuning.full, True
     try:
         yield module
     finally:

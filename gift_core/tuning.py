@@ -29,9 +29,11 @@ from gift_core.record import (
     adopted_modules,
     digest_of,
     find_tuning,
+    in_turn,
     set_tuning,
     tuned_root,
     tuning_of,
+    undisturbed,
 )
 from gift_core.reparameterization import ENABLE_FIRST, adoptions_of, is_adopted, refresh_caches, set_merged
 from gift_core.state_dict import classify_keys, install_hooks
@@ -72,7 +74,7 @@ def enable_fine_tuning(
         GiftError: for any reason that `plan_fine_tuning` gives; `StateError` if the model is tuned already; `ActionError` if an
             action raises. The model is then exactly as it was.
     """
-    with _enabled_alone(module):
+    with undisturbed(module), _enabled_alone(module):
         _refuse_state(module)
         strategy = as_strategy(fine_tuning_strategy)
         with _collector_paused():
@@ -115,6 +117,7 @@ def _tune(plan: TuningPlan, replace_parameter_function: bool, trainable_state_di
     return report
 
 
+@in_turn
 def disable_fine_tuning(module: nn.Module) -> nn.Module:
     """Give the original model back, in place and bit for bit: objects, classes, values, flags, keys.
 
@@ -155,6 +158,19 @@ def tuning_disabled(module: nn.Module) -> Iterator[nn.Module]:
     Raises:
         StateError: if the model is not tuned, or its original values were not kept.
     """
+    with undisturbed(module):
+        tuning, tuned = _pause(module)
+    try:
+        yield module
+    finally:
+        with undisturbed(module):
+            tuning.paused = False
+            exchange_values(tuning)
+            tuned.restore()
+
+
+def _pause(module: nn.Module) -> tuple[Tuning, Snapshot]:
+    """Let the base model compute; gives the record, and what the model was like."""
     root = tuned_root(module)
     tuning = tuning_of(root)
     if not tuning.has_originals:
@@ -169,12 +185,7 @@ def tuning_disabled(module: nn.Module) -> Iterator[nn.Module]:
     refresh_caches(root)
     exchange_values(tuning)
     tuning.paused = True
-    try:
-        yield module
-    finally:
-        tuning.paused = False
-        exchange_values(tuning)
-        tuned.restore()
+    return tuning, tuned
 
 
 def restore_values(tuning: Tuning) -> None:

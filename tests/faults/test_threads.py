@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,22 @@ import torch
 from fault_table import RecordFaults
 from low_rank import LowRankStrategy
 from models import cnn, input_for, mlp, train
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gift_core import AdapterSet, FineTuningStrategy, enable_fine_tuning, load_adapter, merge, save_adapter, unmerge
-from gift_core.errors import StateError
+from gift_core import (
+    AdapterSet,
+    FineTuningStrategy,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    full_state_dict,
+    load_adapter,
+    merge,
+    save_adapter,
+    tuning_disabled,
+    unmerge,
+)
+from gift_core.errors import ActionError, StateError
 from gift_core.factories import is_instance, keep_trainable
 from gift_lora_plugin import LoRAAllFineTuningStrategy
 
@@ -146,6 +158,107 @@ def test_reading_while_another_switches(strategy: type[FineTuningStrategy], crow
 
     assert not close(expected["a"], expected["b"])
     record_faults("answers while another switches", crowd * RUNS, silent=readers.wrong, foreign=len(readers.errors))
+
+
+def two_of_one_number_each(strategy: type[FineTuningStrategy]) -> AdapterSet:
+    """Adapters of many layers: all numbers of ``a`` are 1, and of ``b`` 2."""
+    adapters = AdapterSet(nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)]))
+    for name, number in (("a", 1.0), ("b", 2.0)):
+        adapters.add(name, strategy(rank=1))  # type: ignore[call-arg]
+        for parameter in adapters.parameters(name):
+            torch.nn.init.constant_(parameter, number)
+    adapters.use("a")
+    return adapters
+
+
+def _save(model: nn.Module, file: Path) -> Iterable[Tensor]:
+    save_adapter(model, file)
+    return load_file(file).values()
+
+
+def _load(model: nn.Module, file: Path) -> Iterable[Tensor]:
+    load_adapter(model, file.with_name("threes"))
+    return ()
+
+
+def _state(model: nn.Module, file: Path) -> Iterable[Tensor]:
+    return model.state_dict().values()
+
+
+def _load_state(model: nn.Module, file: Path) -> Iterable[Tensor]:
+    model.load_state_dict(load_file(file.with_name("threes")))
+    return ()
+
+
+def _merge(model: nn.Module, file: Path) -> Iterable[Tensor]:
+    merge(model)
+    states = {type(layer)._is_merged for layer in model}  # type: ignore[attr-defined]
+    unmerge(model)
+    return [torch.tensor(float(state)) for state in states]
+
+
+def _pause(model: nn.Module, file: Path) -> Iterable[Tensor]:
+    with tuning_disabled(model):
+        return [torch.tensor(float(type(layer) is nn.Linear)) for layer in model]  # type: ignore[attr-defined]
+
+
+@strategies
+@pytest.mark.parametrize("verb", [_save, _load, _state, _load_state, _merge, _pause], ids=lambda verb: verb.__name__[1:])
+def test_verbs_while_another_switches(
+    strategy: type[FineTuningStrategy], verb: Callable[[Any, Path], Iterable[Tensor]], tmp_path: Path, record_faults: RecordFaults
+) -> None:
+    """A verb on the model of a set sees, and writes, one adapter whole, whatever another thread puts to use meanwhile."""
+    adapters = two_of_one_number_each(strategy)
+    model, rounds, mixed = adapters.model, 60, 0
+    stop, errors = threading.Event(), []
+    with adapters.using("a"):
+        for parameter in adapters.parameters("a"):
+            torch.nn.init.constant_(parameter, 3.0)
+        save_adapter(model, tmp_path / "threes")
+        for parameter in adapters.parameters("a"):
+            torch.nn.init.constant_(parameter, 1.0)
+
+    def turn() -> None:
+        while not stop.is_set():
+            for name in "ba":
+                try:
+                    adapters.use(name)
+                except StateError as error:  # merged, or within tuning_disabled
+                    if "unmerge(model)" not in str(error) and "leave that context" not in str(error):
+                        errors.append(error)
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    try:
+        for _ in range(rounds):
+            mixed += len({float(tensor.flatten()[0]) for tensor in verb(model, tmp_path / "file")}) > 1
+    finally:
+        stop.set()
+        thread.join()
+    for name in "ab":
+        mixed += len({float(parameter.detach()[0, 0]) for parameter in adapters.parameters(name)}) > 1
+
+    record_faults(f"{verb.__name__[1:]} while another switches", rounds, half=mixed, foreign=len(errors))
+
+
+def test_a_set_in_use_elsewhere_is_waited_for() -> None:
+    """While a thread computes within `using`, a verb of another waits, through a wrapper too, and then sees what is in use after it."""
+    adapters = two_of_one_number_each(LowRankStrategy)
+    found: list[float] = []
+
+    def work() -> None:
+        with full_state_dict(nn.Sequential(adapters.model)):
+            found.append(float(adapters.parameters("a")[0].detach()[0, 0]))
+
+    with adapters.using("b"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(0.2)
+        waited = thread.is_alive()
+    thread.join(60)
+
+    assert waited
+    assert found == [1.0]
 
 
 def test_enabling_at_the_same_time_is_refused() -> None:
