@@ -43,8 +43,8 @@ from gift_core.structure import Snapshot, take_snapshot, undo
 #: An action, and the parameters that it answers for, each with whether it leaves them trainable.
 Wishes = tuple[PlannedAction, list[tuple[Tensor, bool]]]
 
-#: The models that are being enabled, by ``id``: each is alive meanwhile.
-_enabling: set[int] = set()
+#: The modules of all models that are being enabled, by ``id``.
+_enabling: dict[int, nn.Module] = {}
 _enabling_lock = threading.Lock()
 
 
@@ -223,15 +223,21 @@ class TrainableParameters:
 
 @contextlib.contextmanager
 def _enabled_alone(module: Any) -> Iterator[None]:
-    """Refuse a second enabling of one model while the first is at work, on another thread or inside an action."""
+    """Refuse what shares a module with a model that is being enabled just now, on any thread."""
+    modules = walk_modules(module) if isinstance(module, nn.Module) else []
+    own = {id(child): child for _, child in modules}
     with _enabling_lock:
-        if id(module) in _enabling:
-            raise StateError(f"this {type(module).__name__} is being enabled just now: wait until that enable_fine_tuning is done.")
-        _enabling.add(id(module))
+        if not own.keys().isdisjoint(_enabling):
+            name, child = next((name, child) for name, child in modules if id(child) in _enabling)
+            where = f"{name!r} in this {type(module).__name__}" if name else f"this {type(child).__name__}"
+            raise StateError(f"{where} is being enabled just now: wait until that enable_fine_tuning is done.")
+        _enabling.update(own)
     try:
         yield
     finally:
-        _enabling.discard(id(module))
+        with _enabling_lock:
+            for key in own:
+                del _enabling[key]
 
 
 def _refuse_state(module: Any) -> None:

@@ -290,6 +290,48 @@ def test_enabling_at_the_same_time_is_refused() -> None:
         enable_fine_tuning(model, LowRankStrategy())
 
 
+#: Who else is enabled while a model is, made of that model.
+OVERLAPPING: dict[str, Callable[[Any], nn.Module]] = {
+    "a part": lambda model: model[2],
+    "one around it": lambda model: nn.Sequential(nn.Linear(2, 2), model),
+    "one that shares a layer": lambda model: nn.Sequential(nn.Linear(4, 16), model[0]),
+}
+
+
+@pytest.mark.parametrize("overlap", OVERLAPPING.values(), ids=list(OVERLAPPING))
+@pytest.mark.parametrize("fails", [False, True])
+def test_enabling_what_overlaps_is_refused(overlap: Callable[[Any], nn.Module], fails: bool) -> None:
+    """While a model is being enabled, so can be nothing that shares a module with it; whether that ends well or not, later all can."""
+    model: Any = mlp()
+    other = overlap(model)
+    refused: list[BaseException] = []
+
+    def meanwhile() -> None:
+        try:
+            enable_fine_tuning(other, LowRankStrategy(rank=1))
+        except BaseException as error:
+            refused.append(error)
+
+    def act(parent: Any, name: str, full: str, kind: str, layer: nn.Module) -> None:
+        thread = threading.Thread(target=meanwhile)
+        thread.start()
+        thread.join(60)
+        if fails:
+            raise ValueError("on purpose")
+
+    strategy = FineTuningStrategy([(lambda *site: site[2] == "2", act)])
+    if fails:
+        with pytest.raises(ActionError, match="on purpose"):
+            enable_fine_tuning(model, strategy)
+    else:
+        enable_fine_tuning(model, strategy)
+        disable_fine_tuning(model)
+
+    assert [type(error) for error in refused] == [StateError]
+    assert "being enabled just now: wait" in str(refused[0])
+    enable_fine_tuning(other, LowRankStrategy(rank=1))
+
+
 def test_enabling_from_within_is_refused() -> None:
     """An action that enables the model once more is refused, and all is undone."""
     model = mlp()
