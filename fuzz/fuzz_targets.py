@@ -20,9 +20,12 @@ from typing import Any
 
 import importlib_metadata
 import torch
+from adapter_headers import with_header
+from click.testing import CliRunner
 from torch import nn
 
 from gift_core import FineTuningStrategy, disable_fine_tuning, enable_fine_tuning, load_adapter, read_adapter_info, save_adapter
+from gift_core.cli import main
 from gift_core.errors import GiftError, GiftWarning
 from gift_core.factories import is_instance, keep_trainable
 from gift_core.plugins.discovery import NOUNS, details, discover
@@ -39,6 +42,18 @@ def adapter_file(data: bytes) -> None:
     with _only_ours():
         read_adapter_info(path)
     _load(path)
+
+
+def described_adapter(data: bytes) -> None:
+    """The bytes are a sound file's header, which is read, shown, and loaded into a plain and a tuned model."""
+    path = _folder() / "described"
+    path.write_bytes(with_header(sound_file(), data))
+    for options in ([], ["--json"]):
+        shown = CliRunner().invoke(main, ["info", str(path), *options])
+        if shown.exception and not isinstance(shown.exception, SystemExit):
+            raise shown.exception
+    _load(path)
+    _load_into_a_tuned_model(path)
 
 
 def recorded_strategy(data: bytes) -> None:
@@ -102,7 +117,7 @@ def file_name(data: bytes) -> None:
 
 #: Each target by the name of its folder of seeds.
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (adapter_file, recorded_strategy, strategy_file, entry_points, file_name)
+    target.__name__: target for target in (adapter_file, described_adapter, recorded_strategy, strategy_file, entry_points, file_name)
 }
 
 
@@ -132,6 +147,25 @@ def _load(path: Path) -> None:
     after = model.state_dict()
     if list(before) != list(after) or not all(torch.equal(before[key], after[key]) for key in before):
         raise AssertionError("the model is not as it was")
+
+
+def _load_into_a_tuned_model(path: Path) -> None:
+    enable_fine_tuning(model := _model(), "full")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    loaded = False
+    with _only_ours():
+        load_adapter(model, path, check_base=False)
+        loaded = True
+    if not loaded and not all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items()):
+        raise AssertionError("a file was loaded in part")
+
+
+@functools.cache
+def sound_file() -> bytes:
+    """An adapter file whose header the target `described_adapter` takes the place of."""
+    enable_fine_tuning(model := _model(), "full")
+    save_adapter(model, _folder() / "sound")
+    return (_folder() / "sound").read_bytes()
 
 
 @contextlib.contextmanager

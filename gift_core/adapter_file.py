@@ -11,14 +11,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gift_core import __version__
-from gift_core.adapter_format import AdapterInfo, Description, Payload, base_digest, decode, encode, sha256_of_each
+from gift_core.adapter_format import AdapterInfo, Description, Payload, base_digest, decode, encode, is_config, sha256_of_each
 from gift_core.allocation import AllocationLimit
 from gift_core.atomic import atomic_path
 from gift_core.distributed import any_sharded, is_sharded, is_writer, together, whole, write_whole
@@ -34,6 +33,7 @@ from gift_core.errors import (
 )
 from gift_core.iterator import Inventory
 from gift_core.plugins import find_provider
+from gift_core.reading import as_path
 from gift_core.record import Tuning, adopted_modules, find_tuning, in_turn, structure_digest, tuned_root, tuning_of
 from gift_core.reparameterization import adoptions_of, method_name
 from gift_core.selection import no_regular_expressions
@@ -65,7 +65,7 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
         AdapterWriteError: if the file cannot be written; what was there is intact.
     """
     root = tuned_root(module)
-    target = Path(path)
+    target = as_path(path)
     own = _own_tensors(root)
     with together(own.values(), "save the adapter"):
         payload = Payload.of(_adapter_tensors(tuning_of(root), own))
@@ -252,12 +252,14 @@ def _describe(root: nn.Module) -> Description:
 def _as_data(config: Any) -> dict[str, Any] | None:
     if config is None:
         return None
-    if not isinstance(config, dict) or not isinstance(config.get("name"), str):
-        raise StrategyError(f"not saved: the strategy's to_config gives {config!r}, which has no name, a text, under 'name'.")
+    if not is_config(config):
+        raise StrategyError(
+            f"not saved: the strategy's to_config gives {config!r}; it must have a text under 'name' and a dict under 'parameters'."
+        )
     try:
         return json.loads(json.dumps(config))  # type: ignore[no-any-return]
     except (TypeError, ValueError, RecursionError) as error:
-        raise StrategyError(f"not saved: the strategy's to_config gives no plain JSON data ({error}).") from error
+        raise StrategyError(f"not saved: the strategy's to_config gives no plain JSON data ({error}): return plain values.") from error
 
 
 def _provider(tuning: Tuning) -> dict[str, str | None] | None:

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import load as _tensors_of_v1
 from torch import Tensor
 
 from gift_core.errors import AdapterFileError, AdapterNotFoundError, printable
-from gift_core.reading import open_regular
+from gift_core.reading import as_path, open_regular
 
 FORMAT = "gift-adapter"
 FORMAT_VERSION = 2
@@ -162,7 +162,7 @@ def decode(path: str | os.PathLike[str]) -> tuple[AdapterInfo, Payload]:
     Raises:
         AdapterFileError: if there is none, or it is truncated, corrupted, no adapter or of an unknown format version.
     """
-    file = Path(path)
+    file = as_path(path)
     memory = _memory_of(file)
     data = memory.numpy().data
     length = _header_length(data, file)
@@ -176,7 +176,7 @@ def decode(path: str | os.PathLike[str]) -> tuple[AdapterInfo, Payload]:
     if metadata != {"digest": digest, "format": "pt", FORMAT: metadata.get(FORMAT)}:
         raise AdapterFileError(f"{file} is corrupted: its metadata is not as save_adapter writes it. Get a fresh copy.")
     described = _json(metadata[FORMAT], file)
-    _check_description(described, file, FORMAT_VERSION, {"sites": list, "base": str, "base_digest": str})
+    _check_description(described, file, FORMAT_VERSION, {"sites": _LIST, "base": _TEXT, "base_digest": _TEXT})
     try:
         payload = _placed(header, memory[8 + length :])
         return _info(described, digest, _listed(header), len(data)), payload
@@ -313,7 +313,7 @@ def _info(written: Mapping[str, Any], digest: str, tensors: dict[str, dict[str, 
 def _memory_of(file: Path) -> Tensor:
     try:
         with open_regular(file) as handle:
-            memory = torch.empty(os.fstat(handle.fileno()).st_size, dtype=torch.uint8)
+            memory = torch.empty(os.fstat(handle.fileno()).st_size, dtype=torch.uint8, device="cpu")
             return memory[: handle.readinto(memory.numpy().data)]
     except FileNotFoundError as error:
         raise AdapterNotFoundError(f"there is no adapter file at {file}: check the path.") from error
@@ -343,23 +343,52 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_description(described: Any, file: Path, version: int, further: Mapping[str, type]) -> None:
+def _check_description(described: Any, file: Path, version: int, further: Mapping[str, _Kind]) -> None:
     if not isinstance(described, dict):
         raise AdapterFileError(f"{file}: the adapter's description is no JSON object.")
     found = described.get("format_version")
     if type(found) is not int or found != version:
         raise AdapterFileError(f"{file} has format version {found!r}, this gift-core reads 1 and {FORMAT_VERSION}: upgrade gift-core.")
-    expected: dict[str, Any] = {
-        "strategy": (dict, type(None)),
-        "strategy_text": str,
-        "provider": (dict, type(None)),
-        "core_version": str,
-        "structure": str,
+    expected = {
+        "strategy": _CONFIG,
+        "strategy_text": _TEXT,
+        "provider": _SOURCE,
+        "core_version": _TEXT,
+        "structure": _TEXT,
         **further,
     }
-    for key, kind in expected.items():
-        if not isinstance(described.get(key, ...), kind):
-            raise AdapterFileError(f"{file}: {key!r} is missing from its description or of the wrong kind.")
+    for key, (is_sound, words) in expected.items():
+        if key not in described or not is_sound(described[key]):
+            raise AdapterFileError(f"{file}: its description has no {key!r} that is {words}: get a fresh copy.")
+
+
+def is_config(value: object) -> bool:
+    """Whether it is what a file may say of its strategy: a table with a name, and a table of parameters if it has any."""
+    return isinstance(value, dict) and _is_text(value.get("name")) and isinstance(value.get("parameters", {}), dict)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_source(value: object) -> bool:
+    fields = [value.get(key, ...) for key in ("distribution", "version")] if isinstance(value, dict) else [...]
+    return all(field is None or _is_text(field) for field in fields)
+
+
+def _is_table(value: object, of: Callable[[object], bool] = _is_text) -> bool:
+    return isinstance(value, dict) and all(map(of, value.values()))
+
+
+#: A kind of value in a description: a check, and what a message calls it.
+_Kind = tuple[Callable[[Any], bool], str]
+
+_TEXT: _Kind = (_is_text, "text")
+_LIST: _Kind = (lambda value: isinstance(value, list), "a list")
+_TEXTS: _Kind = (_is_table, "a table of texts")
+_SITES: _Kind = (lambda value: _is_table(value, _is_table), "a table of tables of texts")
+_CONFIG: _Kind = (lambda value: value is None or is_config(value), "null, or a table with a text 'name' and a table 'parameters'")
+_SOURCE: _Kind = (lambda value: value is None or _is_source(value), "null, or a table with 'distribution' and 'version', texts")
 
 
 # --- version 1
@@ -370,11 +399,11 @@ def _decode_v1(data: bytes, length: int, file: Path) -> tuple[AdapterInfo, Paylo
         described, tensors = _description_v1(data[8 : 8 + length], file), _tensors_of_v1(data)
     except (safetensors.SafetensorError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{file} is truncated or no safetensors file ({printable(error)}): get a fresh copy.") from error
-    _check_description(described, file, 1, {"sites": dict, "base": dict, "tensors": dict, "digest": str})
+    _check_description(described, file, 1, {"sites": _SITES, "base": _TEXTS, "digest": _TEXT})
     if _digest_v1(described, tensors) != described["digest"]:
         raise AdapterFileError(f"{file} is corrupted: its content does not give the digest written in it. Get a fresh copy.")
     listed = {key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for key, tensor in tensors.items()}
-    if listed != described["tensors"]:
+    if listed != described.get("tensors"):
         raise AdapterFileError(f"{file} is corrupted: its tensors are not those that its description lists.")
     kept = {key: described[key] for key in (field.name for field in dataclasses.fields(AdapterInfo)) if key in described}
     info = AdapterInfo(**kept | {"base_digest": None, "file_bytes": len(data)})

@@ -14,7 +14,6 @@ import os
 import re
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from gift_core.adapter_format import AdapterInfo
 from gift_core.distributed import is_sharded
 from gift_core.errors import AdapterNameError, AdapterNotFoundError, AdapterWriteError, GiftError, ModelError, StateError
 from gift_core.info import Report, table_info
+from gift_core.reading import as_path
 from gift_core.record import Tuning, find_tuning, tuned_root, tuning_of, turn_of
 from gift_core.strategy import FineTuningStrategy, as_strategy, strategy_from_config
 from gift_core.switching import Arrangement, Surveyor, switch
@@ -106,7 +106,7 @@ class AdapterSet:
         return None if self._active is None else self._active.name
 
     def __contains__(self, name: object) -> bool:
-        return name in self._adapters
+        return isinstance(name, str) and name in self._adapters
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -185,7 +185,7 @@ class AdapterSet:
             AdapterNotFoundError: if there is none.
             GiftError: for any reason that `add` gives.
         """
-        files = sorted(Path(folder).glob(f"*{_SUFFIX}"))
+        files = sorted(as_path(folder).glob(f"*{_SUFFIX}"))
         if not files:
             raise AdapterNotFoundError(f"there is no *{_SUFFIX} in {folder}: name a folder that save_all wrote.")
         done: list[str] = []
@@ -257,6 +257,7 @@ class AdapterSet:
             AdapterWriteError: if the folder cannot be made.
             GiftError: for any reason that `save` gives.
         """
+        place = as_path(folder)
         with self._lock:
             same = {name.casefold(): name for name in self.names}
             if apart := [name for name in self.names if same[name.casefold()] != name]:
@@ -265,10 +266,10 @@ class AdapterSet:
                     "files for one: save each with save(name, path)."
                 )
             try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise AdapterWriteError(f"the folder {folder} could not be made: {error}.") from error
-            return {name: self.save(name, Path(folder) / f"{name}{_SUFFIX}") for name in self.names}
+                place.mkdir(parents=True, exist_ok=True)
+            except (OSError, ValueError) as error:  # a ValueError is about the name
+                raise AdapterWriteError(f"the folder {folder} could not be made: {error}. Choose another.") from error
+            return {name: self.save(name, place / f"{name}{_SUFFIX}") for name in self.names}
 
     def release(self) -> nn.Module:
         """End the set: the model keeps the adapter in use, as its only one, and the others are forgotten.
@@ -316,7 +317,7 @@ class AdapterSet:
     # --- inside
 
     def _find(self, name: str) -> _Adapter:
-        if name in self._adapters:
+        if name in self:
             return self._adapters[name]
         close = difflib.get_close_matches(str(name), self._adapters, n=3)
         hint = f"did you mean {', '.join(map(repr, close))}?" if close else f"there are: {', '.join(self._adapters) or 'none'}."

@@ -24,6 +24,10 @@ class ModelError(GiftError, TypeError):
     """The model given is none, or one that cannot be adapted (scripted, lazy, on meta, of another type)."""
 
 
+class PathError(GiftError, TypeError):
+    """A path given is neither text nor a path."""
+
+
 class StrategyError(GiftError, ValueError):
     """A strategy, cap, check or action is malformed, or has no form as plain data."""
 

@@ -65,8 +65,24 @@ def walk_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """The root and everything below it with its full name, parents first; a shared module comes under each of its names."""
     found = [("", root)]
     if root._modules:
-        _descend(root, "", found)
+        try:
+            _descend(root, "", found)
+        except RecursionError as error:
+            raise too_deep(root, found[-1][0]) from error
     return found
+
+
+def too_deep(root: nn.Module, name: str) -> ModelError:
+    """That a model is nested deeper than Python calls functions at ``name``, or goes round in a circle on the way there."""
+    module, seen = root, {root: ""}
+    parts = name.split(".")
+    for place, part in enumerate(parts, 1):
+        module, here = module._modules[part], ".".join(parts[:place])  # type: ignore[assignment]
+        if (first := seen.setdefault(module, here)) != here:
+            holds = f"{here!r} ({type(module).__name__}) is {repr(first) if first else 'the model'} again, which holds it"
+            return ModelError(f"{holds}: keep the reference out of the tree of modules, as in a list.")
+    start = ".".join(parts[:5])
+    return ModelError(f"the modules below {start!r} are nested {len(parts)} deep, more than Python follows: nest them less.")
 
 
 def _descend(module: nn.Module, prefix: str, found: list[tuple[str, nn.Module]]) -> None:

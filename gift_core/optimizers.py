@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from torch import nn
 from torch.optim import Optimizer
@@ -58,11 +59,14 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerReport:
         What is missing and what is there in vain; ``.ok`` if neither.
 
     Raises:
-        StateError: if the model is not tuned, or ``optimizer`` has no parameter groups.
+        StateError: if the model is not tuned, or ``optimizer`` has no parameter groups of torch's kind.
     """
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list):
         raise StateError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}: pass the optimizer itself.")
+    for group in groups:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), Iterable):
+            raise StateError(f"a group of the optimizer has no parameters under 'params': pass one of torch's kind, got {group!r}.")
     held = {id(parameter) for group in groups for parameter in group["params"]}
     root = tuned_root(model)
     base, trained = set(tuning_of(root).frozen), set(tuning_of(root).trained)

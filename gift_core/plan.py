@@ -20,11 +20,14 @@ from gift_core.caps import Cap, Caps, HasCaps, describe
 from gift_core.errors import ActionError, CheckError, GiftError, ModelError, NoMatchError, SiteError
 from gift_core.factories import Check, site_name
 from gift_core.info import CapMatches, Count, Report
-from gift_core.iterator import Inventory, ModuleIterator, ModuleSite, ParameterSite, join_name, named_parameters_below
+from gift_core.iterator import Inventory, ModuleIterator, ModuleSite, ParameterSite, join_name, named_parameters_below, too_deep
 from gift_core.reparameterization import Reparameterization, is_adopted
 from gift_core.strategy import FineTuningStrategy, as_strategy
 
 Site = ModuleSite | ParameterSite
+
+#: No model of so few levels is too deep to be walked.
+_SHALLOW = 100
 
 _UNUSABLE = (torch.jit.ScriptModule, Reparameterization)
 
@@ -86,7 +89,13 @@ def plan_fine_tuning(module: nn.Module, fine_tuning_strategy: FineTuningStrategy
     strategy = as_strategy(fine_tuning_strategy)
     inventory = Inventory.of(_as_module(module))
     _refuse_unusable(inventory)
-    return _Walk(inventory, strategy).plan()
+    try:
+        return _Walk(inventory, strategy).plan()
+    except RecursionError as error:
+        deepest = max((name for name, _ in inventory.modules), key=lambda name: name.count("."))
+        if deepest.count(".") < _SHALLOW:
+            raise  # it is the strategy that is nested
+        raise too_deep(module, deepest) from error
 
 
 class _Walk:

@@ -34,7 +34,7 @@ from gift_core.errors import StrategyError, StrategyFileError, StrategyFileNotFo
 from gift_core.factories import Check
 from gift_core.plugins import did_you_mean, find_thing, load_strategy
 from gift_core.plugins.hook_plugins import CORE_NAMES
-from gift_core.reading import open_regular
+from gift_core.reading import as_path, open_regular
 from gift_core.strategy import FineTuningStrategy, strategy_from_config
 
 #: A larger file is refused before it is parsed.
@@ -56,7 +56,7 @@ def strategy_from_file(path: str | os.PathLike[str]) -> FineTuningStrategy:
             the nearest valid key or name.
         PluginError: if a plugin that it names cannot be used.
     """
-    file = Path(path)
+    file = as_path(path)
     text = _text(file)
     document, lines = (_toml if file.suffix == ".toml" else _json)(text, file)
     try:

@@ -9,7 +9,7 @@ import torch
 from models import ALL, Builder, Delta, Nested, cnn, fingerprint, mlp, nested, refused, shared, single, tied
 from torch import nn
 
-from gift_core import FineTuningStrategy, ModuleSite, ParameterSite, plan_fine_tuning
+from gift_core import FineTuningStrategy, ModuleSite, ParameterSite, enable_fine_tuning, plan_fine_tuning
 from gift_core.errors import ActionError, CheckError, GiftError, ModelError, NoMatchError, SiteError
 from gift_core.factories import (
     class_is,
@@ -482,3 +482,31 @@ def test_the_nearest_name_is_told(target: str, says: str) -> None:
         plan_fine_tuning(model, LoRAAllFineTuningStrategy(targets=target))
 
     assert says in str(caught.value)
+
+
+def test_a_model_that_goes_round_in_circles_is_refused() -> None:
+    """A model that holds itself, somewhere below, is refused with the two names of what it holds twice."""
+    for builder, says in ((lambda root, inner: root, "the model again"), (lambda root, inner: nn.Sequential(inner), "'inner' again")):
+        root = nn.Sequential()
+        root.add_module("inner", inner := nn.Sequential(nn.Linear(2, 2)))
+        inner.add_module("up", builder(root, inner))
+
+        with pytest.raises(ModelError, match=r"^'inner\.up.*is " + says):
+            plan_fine_tuning(root, "full")
+        with pytest.raises(ModelError, match=says):
+            enable_fine_tuning(root, "full")
+
+
+def test_a_model_deeper_than_python_follows_is_refused() -> None:
+    """However deep a model is nested, enabling works or is refused and leaves no trace; a walk that ends says where and how deep."""
+    for depth in (200, 700, *range(800, 1000, 10), 5000):
+        layer = model = nn.Linear(2, 2)
+        for _ in range(depth):
+            model = nn.Sequential(model)  # type: ignore[assignment]
+        try:
+            enable_fine_tuning(model, "full")
+        except GiftError as error:
+            assert depth > 700 and (depth < 1000 or f"{'.'.join('00000')!r} are nested" in str(error))
+            assert type(layer) is nn.Linear and type(model) is nn.Sequential and "parameters" not in vars(model)
+        else:
+            assert depth < 1000

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from adapter_headers import described
 from click.testing import CliRunner
 from fault_table import RecordFaults
 from low_rank import Claiming, LowRankStrategy
@@ -37,8 +38,9 @@ NAME = LowRankStrategy.name
 
 def claimed(path: Path, says: Mapping[str, Any]) -> Path:
     """A sound file of `cnn` whose strategy says what it likes."""
-    enable_fine_tuning(model := cnn(), Claiming(says))
+    enable_fine_tuning(model := cnn(), LowRankStrategy())
     save_adapter(model, path)
+    path.write_bytes(described(path.read_bytes(), strategy=says))
     return path
 
 

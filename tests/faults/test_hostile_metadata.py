@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import random
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from adapter_headers import compact, described, header_of, mutated_header, with_header
+from click.testing import CliRunner
 from fault_table import RecordFaults
+from fuzz_targets import TARGETS, sound_file
 from models import cnn, fingerprint
 from torch import nn
 
-from gift_core import enable_fine_tuning, load_adapter, read_adapter_info, save_adapter
-from gift_core.errors import AdapterFileError
+from gift_core import FullFineTuningStrategy, enable_fine_tuning, load_adapter, read_adapter_info, save_adapter
+from gift_core.cli import main
+from gift_core.errors import AdapterFileError, StrategyError
 
 #: Memory for Python objects while a header is read, over the size of the file. SECURITY.md states it.
 MEMORY_MULTIPLE = 64
 MEMORY_CONSTANT = 2**20
 
 MILLION = 1_000_000
-
-#: How the header of a file of ours starts; the digest follows.
-START = b'{"__metadata__":{"digest":"'
 
 #: Where the longest texts are not tried, which are slow and read there by the same code as elsewhere.
 SMALL_TEXTS_ONLY = {"tensor", "key", "name", "metadata[format]", "metadata[extra]"}
@@ -72,25 +74,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     enable_fine_tuning(model := cnn(), "full")
     save_adapter(model, path)
     return path.read_bytes()
-
-
-def with_header(data: bytes, header: bytes) -> bytes:
-    """The file with another header, its length and its digest put right, as anyone can."""
-    changed = len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :]
-    place = changed.index(START) + len(START) if header.startswith(START) else len(changed)
-    digest = hashlib.sha256(changed[:place] + changed[place + 64 :]).hexdigest().encode() if place < len(changed) else b""
-    return changed[:place] + digest + changed[place + 64 :]
-
-
-def compact(header: object) -> str:
-    """JSON as a header has it."""
-    return json.dumps(header, separators=(",", ":"))
-
-
-def header_of(data: bytes) -> dict[str, object]:
-    """The header of a sound file."""
-    header: dict[str, object] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header
 
 
 def places(data: bytes, text: str) -> Iterator[tuple[str, bytes]]:
@@ -193,6 +176,85 @@ def test_hostile_entry(hostile: object, saved: bytes, tmp_path: Path, record_fau
     assert not silent
     assert not foreign
     record_faults("hostile tensor entries", len(names) + 4, half=int(fingerprint(model) != before))
+
+
+DESCRIPTIONS: dict[str, dict[str, Any]] = {
+    "no name": {"strategy": {"parameters": {}}},
+    "name as a list": {"strategy": {"name": ["full"], "parameters": {}}},
+    "parameters as text": {"strategy": {"name": "full", "parameters": "x"}},
+    "parameters as a list": {"strategy": {"name": "full", "parameters": [1]}},
+    "parameters as a number": {"strategy": {"name": "full", "parameters": 7}},
+    "no version": {"provider": {"distribution": "x"}},
+    "a version as a table": {"provider": {"distribution": "x", "version": {"a": 1}}},
+    "a distribution as a list": {"provider": {"distribution": [1], "version": None}},
+    "a provider as text": {"provider": "x"},
+    "sites as text": {"sites": "x"},
+    "a site as a number": {"sites": [["x", "weight", [1]]]},
+}
+
+
+@pytest.mark.parametrize("says", DESCRIPTIONS.values(), ids=DESCRIPTIONS)
+def test_hostile_description(says: dict[str, Any], saved: bytes, tmp_path: Path, record_faults: RecordFaults) -> None:
+    """A description of the wrong kind is refused by name where it is read, shown, or loaded, into a plain and a tuned model."""
+    path, plain, tuned = tmp_path / "adapter.safetensors", cnn(), cnn()
+    path.write_bytes(described(saved, **says))
+    enable_fine_tuning(tuned, "full")
+    before = fingerprint(plain), fingerprint(tuned)
+    reads = [lambda: read_adapter_info(path), lambda: load_adapter(plain, path), lambda: load_adapter(tuned, path, check_base=False)]
+
+    for read in reads:
+        with pytest.raises(AdapterFileError, match=r"get a fresh copy"):
+            read()
+    shown = CliRunner().invoke(main, ["info", str(path)])
+
+    assert shown.exit_code == 1 and isinstance(shown.exception, SystemExit)
+    record_faults("hostile descriptions", len(reads) + 1, half=int((fingerprint(plain), fingerprint(tuned)) != before))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_descriptions(seed: int, record_faults: RecordFaults) -> None:
+    """Headers with values changed, left out or added, and a digest that is right, do no more than those that the fuzzer makes."""
+    source, cases, foreign = random.Random(seed), 150, []
+
+    for _ in range(cases):
+        header = mutated_header(sound_file(), source)
+        try:
+            TARGETS["described_adapter"](header)
+        except Exception as error:
+            foreign.append((header, error))
+
+    assert not foreign
+    record_faults("random descriptions", cases, foreign=len(foreign))
+
+
+def test_the_description_is_refused_before_it_is_saved(tmp_path: Path) -> None:
+    """A strategy whose config could not be read back is refused when its adapter is saved, not when it is needed."""
+
+    class Careless(FullFineTuningStrategy):
+        def to_config(self) -> dict[str, Any]:
+            return {"name": "full", "parameters": [1]}
+
+    enable_fine_tuning(model := cnn(), Careless())
+
+    with pytest.raises(StrategyError, match=r"not saved.*'parameters'"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_default_device(saved: bytes, tmp_path: Path) -> None:
+    """A file is read and loaded where its model is, whatever device new tensors go to by default."""
+    path, model, by_default = tmp_path / "adapter", cnn(), torch.get_default_device()
+    path.write_bytes(saved)
+    try:
+        torch.set_default_device("meta")  # stands for a GPU, which not every machine has
+        info = read_adapter_info(path)
+        load_adapter(model, path)
+        save_adapter(model, tmp_path / "again")
+    finally:
+        torch.set_default_device(by_default)
+
+    assert info.tensors and (tmp_path / "again").read_bytes() == saved
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
 
 
 def test_a_sound_file_takes_little_more_than_itself(tmp_path: Path) -> None:
