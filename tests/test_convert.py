@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.shell_completion import BashComplete
 from click.testing import CliRunner, Result
+from torch import nn
 
 from gift_core import enable_fine_tuning, load_adapter, save_adapter
 from gift_core.cli import main
@@ -79,6 +80,18 @@ def test_the_other_way_and_json(text: Path) -> None:
     assert json.loads(data.stdout) == {"target": "b", "letters": 3, "file_bytes": 1234, "notes": ["it is all text"]}
 
 
+def test_whose_digests_a_file_holds_is_said(text: Path) -> None:
+    """An import with a model and without its weights notes that the file belongs to what the model's function gave."""
+    torch.save(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv2d(4, 16, 3)).state_dict(), "base.pt")
+    imported = ["convert", "dir", "--from", "text", "a.st", "--model", "net.py:net"]
+    bare, data, full = gift(*imported), gift(*imported, "--json"), gift(*imported, "--weights", "base.pt")
+
+    assert [done.exit_code for done in (bare, data, full)] == [0, 0, 0]
+    assert bare.stderr.startswith("Note: without --weights the adapter file belongs to the weights that MODEL's function gave")
+    assert len(json.loads(data.stdout)["notes"]) == 1
+    assert full.stderr == ""
+
+
 def test_formats_are_listed(text: Path) -> None:
     """--list and gift list --all name the formats and their packages, without importing them."""
     table, data = gift("convert", "--list"), json.loads(gift("convert", "--list", "--json").stdout)
@@ -126,8 +139,6 @@ def test_formats_are_completed(text: Path) -> None:
 def test_peft_both_ways(text: Path) -> None:
     """With the reference plugin, an adapter goes to PEFT's files and back, and computes the same."""
     pytest.importorskip("gift_lora_plugin")
-    from torch import nn
-
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Conv2d(4, 16, 3))
     torch.save(model.state_dict(), "base.pt")

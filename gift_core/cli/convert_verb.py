@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 #: What the command itself gives a converter; its other keywords are for ``--set``.
 _OWN_KEYWORDS = ("model", "force")
+_WHOSE_WEIGHTS = (
+    "without --weights the adapter file belongs to the weights that MODEL's function gave; into a model with others it does not load "
+    "unless with check_base=False"
+)
 
 
 @click.command("convert")
@@ -74,6 +78,8 @@ def command(
     convert = _converter(name, "export" if to_format else "import_")
     options = _options(convert, name, settings)
     result = convert(source, target, model=_model(model, weights), force=force, **options)
+    if from_format and model is not None and weights is None:
+        result = {**result, "notes": [*result.get("notes", ()), _WHOSE_WEIGHTS]}
     _print(target, result, as_json)
 
 
