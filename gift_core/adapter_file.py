@@ -32,6 +32,7 @@ from gift_core.errors import (
     printable,
 )
 from gift_core.iterator import Inventory
+from gift_core.plan import refuse_unusable
 from gift_core.plugins import find_provider
 from gift_core.reading import as_path
 from gift_core.record import Tuning, adopted_modules, find_tuning, in_turn, structure_digest, tuned_root, tuning_of
@@ -108,6 +109,7 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
         AdapterFileError: if the file is not sound; `AdapterMismatchError` if it is, but does not fit the model.
         PatternError: if the recorded strategy has a regular expression, and the file is not trusted.
         PluginError: if the strategy's plugin is not installed or cannot be used.
+        ModelError: if a part of a plain model is scripted or lazy.
     """
     info, payload = decode(path)
     plain = isinstance(module, nn.Module) and not any(find_tuning(child) for child in module.modules())
@@ -119,6 +121,7 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
             f"{path} was made with a strategy that has no registered name ({printable(info.strategy_text)}): "
             "enable that strategy, then load."
         )
+    refuse_unusable(Inventory.of(module))
     if structure_digest(module) != info.structure:
         raise AdapterMismatchError(
             f"{path} is for another base model: its names and shapes differ from {type(module).__name__}'s. "

@@ -88,7 +88,7 @@ def plan_fine_tuning(module: nn.Module, fine_tuning_strategy: FineTuningStrategy
     """
     strategy = as_strategy(fine_tuning_strategy)
     inventory = Inventory.of(_as_module(module))
-    _refuse_unusable(inventory)
+    refuse_unusable(inventory)
     try:
         return _Walk(inventory, strategy).plan()
     except RecursionError as error:
@@ -246,10 +246,15 @@ def _as_module(module: Any) -> nn.Module:
     raise ModelError(f"fine-tuning needs a torch.nn.Module, got {given}: pass the model itself as the first argument.")
 
 
-def _refuse_unusable(inventory: Inventory) -> None:
+def refuse_unusable(inventory: Inventory) -> None:
+    """Refuse a model that no strategy can tune.
+
+    Raises:
+        ModelError: if a part of it is scripted, adapted already, or lazy; the message names it.
+    """
     for name, module in inventory.modules:
         if isinstance(module, _UNUSABLE):
-            scripted = "is scripted and cannot be adapted: adapt the model first, torch.jit.script it afterwards."
+            scripted = "is scripted and cannot be adapted: adapt the model itself, then torch.jit.script merge_and_unload(model)."
             adapted = "is adapted already: disable_fine_tuning(model) first, or plan on a fresh copy."
             raise _is_no_use(name, module, adapted if is_adopted(module) else scripted)
     for key, module, _, parameter in inventory.parameters:

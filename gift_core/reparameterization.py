@@ -117,7 +117,7 @@ def adoptable_parameter(module: nn.Module, name: str) -> nn.Parameter:
         SiteError: if not; the message gives the reason.
     """
     if isinstance(module, torch.jit.ScriptModule):
-        raise SiteError("it is scripted: adapt the model before torch.jit.script.")
+        raise SiteError("it is scripted: adapt the layer itself, then torch.jit.script what merge_and_unload(model) gives.")
     if name in dict(adoptions_of(module)):
         raise SiteError(f"its {name!r} is adapted already: each weight takes one method.")
     weight = module._parameters.get(name)

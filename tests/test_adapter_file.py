@@ -58,6 +58,7 @@ from gift_core.errors import (
     AdapterMismatchError,
     AdapterNotFoundError,
     AdapterWriteError,
+    ModelError,
     StateError,
     StrategyError,
     UnknownStrategyError,
@@ -144,6 +145,14 @@ def test_from_the_file_alone(builder: Builder, strategy: FineTuningStrategy, pat
     }
     disable_fine_tuning(fresh)
     assert fingerprint(fresh) == before
+
+
+def test_a_model_without_shapes_is_refused(path: Path) -> None:
+    """A lazy model, whose shapes cannot be compared with a file's, is named, and told to run once."""
+    save_adapter(tuned(), path)
+
+    with pytest.raises(ModelError, match=r"'1' \(LazyLinear\) is lazy and has no shapes yet: run one forward pass first"):
+        load_adapter(nn.Sequential(nn.ReLU(), nn.LazyLinear(2)), path)
 
 
 def test_statistics_come_along(path: Path) -> None:

@@ -348,6 +348,20 @@ def test_merge_and_unload(builder: Builder, was_merged: bool) -> None:
     assert close(model(inputs), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("builder", [mlp, cnn, encoder])
+@torch.no_grad()
+def test_what_is_unloaded_can_be_scripted(builder: Builder) -> None:
+    """A refused scripted model is told to be scripted after `merge_and_unload`, and that works."""
+    model, inputs = tuned(builder), input_for(builder)
+    expected = model(inputs)
+
+    scripted = torch.jit.script(merge_and_unload(model))
+
+    assert close(scripted(inputs), expected)
+
+
 @torch.no_grad()
 def test_unloading_keeps_what_was_trained() -> None:
     """A kept head, biases and BatchNorm's statistics stay as they were trained."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gift_core import adopt
+from gift_core import adopt, enable_fine_tuning, plan_fine_tuning
 from gift_core.errors import SiteError
 from gift_core.reparameterization import set_merged
 from gift_lora_plugin import CONV_LAYOUTS, LoRA, LoRAAllFineTuningStrategy, add_low_rank, low_rank_update, matrix_shape
@@ -526,6 +526,20 @@ def test_an_own_forward_is_kept() -> None:
 
     assert_close(linear(x), x @ weights[0].T)
     assert_close(conv(image), F.conv2d(image, weights[1] - weights[1].mean(), conv.bias))
+
+
+@pytest.mark.parametrize("params", [{}, {"adapter_dtype": "float32"}, {"init": "orthogonal"}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_dtype_without_arithmetic_is_refused(dtype: torch.dtype, params: dict[str, Any]) -> None:
+    """A weight in a dtype that torch only stores is refused at planning, by name and with a way out that works."""
+    model = nn.Sequential(nn.ReLU(), nn.Linear(4, 3).to(dtype))
+    strategy = LoRAAllFineTuningStrategy(rank=2, **params)
+
+    with pytest.raises(SiteError, match=rf"'1' \(Linear\): its 'weight' is in {dtype}, .*call to\(torch.bfloat16\) first, or exclude"):
+        plan_fine_tuning(model, strategy)
+
+    enable_fine_tuning(model.to(torch.bfloat16), strategy)
+    assert model(torch.ones(2, 4, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
 def test_an_empty_weight_is_refused() -> None:

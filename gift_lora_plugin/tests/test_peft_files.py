@@ -41,6 +41,7 @@ from gift_core.errors import (
     AdapterFormatError,
     AdapterMismatchError,
     AdapterWriteError,
+    ModelError,
     StateError,
 )
 from gift_lora_plugin import LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy
@@ -488,6 +489,28 @@ def test_a_copy_that_peft_untied_is_refused(saved: list[str], tmp_path: Path) ->
     load_peft(base, tmp_path)
 
     assert_same_model(base, theirs, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "says"),
+    [
+        (lambda: nn.ModuleDict({"fc": nn.LazyLinear(7)}), ModelError, r"'fc' \(LazyLinear\) is lazy.*run one forward pass first"),
+        (
+            lambda: nn.ModuleDict({"fc": nn.Linear(6, 7).to(torch.float8_e4m3fn)}),
+            AdapterMismatchError,
+            r"fc: its 'weight' is in torch.float8",
+        ),
+    ],
+    ids=["lazy", "float8"],
+)
+def test_a_model_that_cannot_be_tuned_is_refused(
+    model: Callable[[], nn.Module], error: type[Exception], says: str, tmp_path: Path
+) -> None:
+    """A layer without a shape, or in a dtype without arithmetic, is named, as where a strategy meets it."""
+    saved_by_peft(nn.ModuleDict({"fc": nn.Linear(6, 7)}), tmp_path, target_modules=["fc"])
+
+    with pytest.raises(error, match=says):
+        load_peft(model(), tmp_path)
 
 
 class TiedWithin(nn.Module):

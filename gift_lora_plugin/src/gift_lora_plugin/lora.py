@@ -92,6 +92,8 @@ class LoRA(Reparameterization):
 
     @classmethod
     def examine(cls, module: nn.Module, name: str, weight: Tensor, **params: Any) -> str | None:
+        if (reason := dtype_refusal(name, weight.dtype)) is not None:
+            raise SiteError(reason)
         settings = settings_of(module, name, weight.shape, **{key: params[key] for key in params if key not in _OF_TENSORS})
         reads_weight = cls is LoRA or (cls is EmbeddingLoRA and not _reads_rows(module))
         if reads_weight and isinstance(module, _EMBEDDINGS) and module.sparse:
@@ -310,6 +312,13 @@ def _start(settings: Settings, weight: Tensor, rank: int, dtype: torch.dtype) ->
     lora_A = weight.new_empty(layout.shape_of_A(rank), dtype=dtype)
     fill = orthogonal if init == "orthogonal" else kaiming_uniform
     return weight.new_zeros(layout.shape_of_B(rank), dtype=dtype), fill(lora_A)
+
+
+def dtype_refusal(name: str, dtype: torch.dtype) -> str | None:
+    """Why a weight of this dtype cannot be adapted: of numbers of eight bits or fewer torch adds none, with an adapter of any dtype."""
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return f"its {name!r} is in {dtype}, in which torch stores numbers and adds none: call to(torch.bfloat16) first, or exclude it."
+    return None
 
 
 def _at_least(dtype: str, weight_dtype: torch.dtype) -> torch.dtype:

@@ -25,6 +25,7 @@ from gift_core import (
     disable_fine_tuning,
     enable_fine_tuning,
     merge_strategies,
+    plan_fine_tuning,
     save_adapter,
 )
 from gift_core.errors import AdapterMismatchError, AdapterWriteError, StateError
@@ -86,10 +87,11 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: It
     Raises:
         AdapterFileError: if a file is missing, damaged or malformed. `AdapterFormatError` if the adapter is of another kind than
             LoRA, or asks for what LoRA here does not do; `AdapterMismatchError` if it does not fit the model. The model is as it was.
-        StateError: if the model is tuned already.
+        StateError: if the model is tuned already. `ModelError` if a part of it is scripted or lazy.
     """
     if any(isinstance(child, Reparameterization) for child in model.modules()):
         raise StateError(f"this {type(model).__name__} is tuned already: call disable_fine_tuning(model) first.")
+    plan_fine_tuning(model, FullFineTuningStrategy())  # refuses what no strategy can tune
     folder = Path(directory)
     config = config_from(read_config_file(folder), ignore)
     tensors = read_tensors_file(folder)

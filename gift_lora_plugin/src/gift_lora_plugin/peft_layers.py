@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gift_core import Reparameterization
 from gift_lora_plugin.layouts import is_transformers_conv1d
+from gift_lora_plugin.lora import dtype_refusal
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -64,6 +65,9 @@ def refusal(module: nn.Module) -> str | None:
         return f"PEFT files have no form for a {_original_class(module).__name__}"
     if not _behaves_as(module, plain):
         return f"{_original_class(module).__name__} is a {plain.__name__} with code of its own, which PEFT's adapter goes around"
+    weight = module._parameters["weight"]
+    if weight is not None and (reason := dtype_refusal("weight", weight.dtype)) is not None:
+        return reason.removesuffix(".")
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rescales the weight at each use, and PEFT rescales its factor A as well"
     return _conv_refusal(module) if isinstance(module, _CONVOLUTIONS) else None
