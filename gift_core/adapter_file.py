@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -31,11 +31,21 @@ from gift_core.errors import (
     UnknownStrategyError,
     printable,
 )
-from gift_core.iterator import Inventory
+from gift_core.iterator import Inventory, walk_modules
 from gift_core.plan import refuse_unusable
 from gift_core.plugins import find_provider
 from gift_core.reading import as_path
-from gift_core.record import Tuning, adopted_modules, find_tuning, in_turn, structure_digest, tuned_root, tuning_of
+from gift_core.record import (
+    Tuning,
+    adopted_modules,
+    find_tuning,
+    in_turn,
+    left_the_model,
+    newcomers,
+    structure_digest,
+    tuned_root,
+    tuning_of,
+)
 from gift_core.reparameterization import adoptions_of, method_name
 from gift_core.selection import no_regular_expressions
 from gift_core.state_dict import moved_buffers
@@ -61,7 +71,8 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
         What the file says of itself.
 
     Raises:
-        StateError: if the model is not tuned, or a layer that was tuned is no longer in it.
+        StateError: if the model is not tuned, a layer that was tuned is no longer in it, or something trains, or came in the place of a
+            part of the base, that tuning does not know: the file could not bring it back.
         AdapterFileError: if a trained tensor holds NaN; the message names it.
         AdapterWriteError: if the file cannot be written; what was there is intact.
     """
@@ -69,7 +80,7 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
     target = as_path(path)
     own = _own_tensors(root)
     with together(own.values(), "save the adapter"):
-        payload = Payload.of(_adapter_tensors(tuning_of(root), own))
+        payload = Payload.of(_adapter_tensors(root, own))
         if broken := _with_nan(payload, payload.tensors):
             raise AdapterFileError(f"not saved: NaN in {', '.join(broken[:5])}. Load an earlier adapter, or train with a smaller step.")
         info, start = encode(_describe(root), payload)
@@ -215,18 +226,44 @@ def _own_tensors(root: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for tensors in (held.parameters, held.buffers) for key, _, _, tensor in tensors}
 
 
-def _adapter_tensors(tuning: Tuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if gone := sorted({*tuning.trained, *tuning.adapter} - own.keys()):
-        raise StateError(
-            f"not saved: {', '.join(gone[:5])} left the model, because a layer was taken out or replaced after tuning: put it back, or "
-            "disable_fine_tuning(model), replace it and tune anew."
-        )
+def _adapter_tensors(root: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tuning = tuning_of(root)
+    if gone := {*tuning.trained, *tuning.adapter} - own.keys():
+        raise StateError(left_the_model(gone, "not saved"))
+    _refuse_unknown(tuning, newcomers(tuning, walk_modules(root)), own)
     tensors = _required_tensors(tuning, own)
     for key in sorted(moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}):
         tensors[key] = own[key]
     return {
         key: tensor if tensor.is_cpu and not is_sharded(tensor) else whole(tensor.detach()).cpu() for key, tensor in tensors.items()
     }
+
+
+def _refuse_unknown(tuning: Tuning, new: Set[str], own: Mapping[str, Tensor]) -> None:
+    """Refuse to leave out what training moves, and what the tuned model computes with in the place of the base."""
+    known = {*tuning.trained, *tuning.adapter}
+    if exchanged := new & {*tuning.frozen, *tuning.buffers, *tuning.statistics}:
+        raise StateError(
+            f"not saved: {_some(exchanged)} came in the place of the base's own after tuning, and are no part of an adapter. "
+            f"{_KEEP_IT}."
+        )
+    if unknown := {key for key, tensor in own.items() if tensor.requires_grad and key not in known}:
+        raise StateError(
+            f"not saved: {_some(unknown)} train and are no part of the adapter, because they were added or let train after tuning. "
+            f"{_KEEP_IT}. To leave them out, freeze them: requires_grad_(False)."
+        )
+
+
+#: What to do about a part of a model that no adapter file holds.
+_KEEP_IT = (
+    "To keep them, let a strategy train them: disable_fine_tuning(model), put them in, and enable merge_strategies([...]) with "
+    "FullFineTuningStrategy(targets=...), or a cap with keep_trainable(). model.state_dict() holds them meanwhile"
+)
+
+
+def _some(keys: Iterable[str]) -> str:
+    found = sorted(keys)
+    return ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
 
 
 def _required_tensors(tuning: Tuning, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

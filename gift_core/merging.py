@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gift_core.errors import SiteError, StateError
-from gift_core.record import adopted_modules, in_turn, named_tensors, set_tuning, tuned_root, tuning_of
+from gift_core.iterator import Inventory
+from gift_core.record import adopted_modules, in_turn, refuse_incomplete, set_tuning, tuned_root, tuning_of
 from gift_core.reparameterization import adoptions_of, effective_weight, is_opaque, refresh_caches, set_merged
 from gift_core.structure import ABSENT, Snapshot, undo
 
@@ -80,20 +81,22 @@ def merge_and_unload(module: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        StateError: if the model is not tuned, or its adapter belongs to a set that is in use.
+        StateError: if the model is not tuned, its adapter belongs to a set that is in use, or a tuned layer is no longer in it.
         SiteError: if a method of the strategy is no function of a weight (a replaced module), or a weight is sharded or packed.
     """
     root = tuned_root(module)
     tuning = tuning_of(root)
     if tuning.governed_by() is not None:
         raise StateError("the base belongs to several adapters: call release() on their set first, which leaves the one in use.")
+    held = Inventory.of(root)
+    refuse_incomplete(tuning, held.modules, {item[0] for item in (*held.parameters, *held.buffers)}, "not unloaded")
     _refuse_opaque(root)
     if tuning.merged:
         unmerge(root)
     weights = _effective_weights(root)
     _refuse_replaced(root, weights)
     holders: dict[int, int] = {}
-    for _, _, _, parameter in named_tensors(root, buffers=False):
+    for _, _, _, parameter in held.parameters:
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     undo(tuning.changes)
     Snapshot([], tuning.flags).restore_flags()

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gift_core.errors import StateError
-from gift_core.record import named_tensors, tuned_root, tuning_of
+from gift_core.iterator import walk_modules
+from gift_core.record import named_tensors, newcomers, tuned_root, tuning_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,8 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerReport:
             raise StateError(f"a group of the optimizer has no parameters under 'params': pass one of torch's kind, got {group!r}.")
     held = {id(parameter) for group in groups for parameter in group["params"]}
     root = tuned_root(model)
-    base, trained = set(tuning_of(root).frozen), set(tuning_of(root).trained)
+    tuning = tuning_of(root)
+    base, trained = set(tuning.frozen) - newcomers(tuning, walk_modules(root)), set(tuning.trained)
     own = {id(parameter): (key, parameter.requires_grad) for key, _, _, parameter in named_tensors(root, buffers=False)}
     # what of a larger model lies outside the tuned part is its owner's business
     outside = {id(parameter) for parameter in nn.Module.parameters(model)} - own.keys()

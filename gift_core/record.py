@@ -13,7 +13,7 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -82,6 +82,7 @@ class Tuning:
         originals: values before tuning of what training moves: kept parameters and buffers.
         adapter: keys of the tensors that tuning added, trainable or not. ``trained`` are all trainable keys; ``frozen`` the rest of
             the base's parameters; ``statistics`` the buffers of normalisation layers; ``buffers`` other persistent buffers.
+        modules: what `walk_modules` gave of the model when it had been enabled.
         has_originals: False when ``keep_originals=False`` left the values of kept parameters out.
         merged: whether weights are merged. ``paused``: whether `tuning_disabled` is active. ``full``: whether state dicts hold all.
         provider: distribution and version of the strategy's plugin, once a save has looked them up; None before.
@@ -100,6 +101,7 @@ class Tuning:
     frozen: list[str]
     statistics: list[str]
     buffers: list[str]
+    modules: list[nn.Module]
     has_originals: bool = True
     merged: bool = False
     paused: bool = False
@@ -233,6 +235,51 @@ def _once(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module
 def named_tensors(root: nn.Module, *, buffers: bool) -> list[NamedTensor]:
     """Every parameter, or every buffer, as ``(key, module, name, tensor)`` under each key that a state dict gives it."""
     return tensors_of(walk_modules(root), "_buffers" if buffers else "_parameters")
+
+
+def newcomers(tuning: Tuning, modules: list[tuple[str, nn.Module]]) -> set[str]:
+    """Keys of the tensors that came with a module after tuning: added, or in the place of another.
+
+    A module that took over the tensors of the one it replaces, as SyncBatchNorm does, brings none.
+    """
+    if _has_its_modules(tuning, modules):
+        return set()
+    known = set(map(id, tuning.modules))
+    new = [(name, module) for name, module in modules if id(module) not in known]
+    held = {id(tensor) for module in tuning.modules for tensor in (*module._parameters.values(), *module._buffers.values())}
+    tensors = (*tensors_of(new, "_parameters"), *tensors_of(new, "_buffers"))
+    return {key for key, _, _, tensor in tensors if id(tensor) not in held}
+
+
+def refuse_incomplete(tuning: Tuning, modules: list[tuple[str, nn.Module]], keys: Container[str], failure: str) -> None:
+    """Refuse a tuned model that lacks a part of its adapter.
+
+    Args:
+        tuning: the record of the model.
+        modules: the modules in the model now.
+        keys: what the model holds now. A layer that was wrapped since is still there, under another name.
+        failure: what cannot be done, for the message.
+
+    Raises:
+        StateError: if a tuned layer was taken out or replaced.
+    """
+    if _has_its_modules(tuning, modules) or set(map(id, tuning.modules)).issubset(id(module) for _, module in modules):
+        return
+    if gone := [key for key in (*tuning.trained, *tuning.adapter) if key not in keys]:
+        raise StateError(left_the_model(gone, failure))
+
+
+def _has_its_modules(tuning: Tuning, modules: list[tuple[str, nn.Module]]) -> bool:
+    """Whether a model consists of just the modules that it had when it was enabled, as nearly always."""
+    return tuning.modules == [module for _, module in modules]
+
+
+def left_the_model(gone: Iterable[str], failure: str) -> str:
+    """Say that parts of the adapter are no longer in the model, and what to do."""
+    return (
+        f"{failure}: {', '.join(sorted(set(gone))[:5])} left the model, because a layer was taken out or replaced after tuning: put it "
+        "back, or disable_fine_tuning(model), replace it and tune anew."
+    )
 
 
 def structure_digest(root: nn.Module) -> str:

@@ -17,7 +17,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping, Set
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from gift_core.errors import StateDictError, printable
 from gift_core.iterator import Inventory, walk_modules
-from gift_core.record import Original, Tuning, find_tuning, tuned_root, tuning_of, undisturbed
+from gift_core.record import Original, Tuning, find_tuning, newcomers, refuse_incomplete, tuned_root, tuning_of, undisturbed
 
 StateDict = MutableMapping[str, Any]
 
@@ -65,9 +65,10 @@ class TrainedStateDict:
             versions = destination._metadata
             for name, module in modules:
                 versions[prefix + name if name else prefix[:-1]] = {"version": module._version}
-        left_out = _left_out(tuning)
-        for key, tensor in _persistent(modules).items():
-            if key not in left_out:
+        own = _persistent(modules)
+        left_out = _left_out(tuning, modules, own)
+        for key, tensor in own.items():
+            if key not in left_out or tensor.requires_grad:
                 destination[prefix + key] = tensor if keep_vars else tensor.detach()
         return destination
 
@@ -126,8 +127,9 @@ def _load_directly(root: nn.Module, tuning: Tuning, state_dict: Mapping[str, Any
     if not _is_plain(modules, _LOADING) or not _is_hooked_by_us_alone(root) or torch.__future__.get_swap_module_params_on_conversion():
         return False
     own, given = _persistent(modules), state_dict.keys()
-    is_base = _is_base(tuning, given)
-    if not given <= own.keys() or _missing(tuning, own.keys(), given, is_base) or _partial(tuning, given):
+    base = _Base.of(tuning, modules, own)
+    is_base = base.is_all_in(given)
+    if not given <= own.keys() or base.missing(own.keys(), given, is_base) or base.partial(given):
         return False
     if not _fit(list(state_dict.values()), [own[key] for key in state_dict]) or (assign and not _is_assignable(own, state_dict)):
         return False
@@ -135,7 +137,7 @@ def _load_directly(root: nn.Module, tuning: Tuning, state_dict: Mapping[str, Any
     if is_base:
         _adopt_base_values(tuning, state_dict, "")
     else:
-        values |= {key: value for key, value in _base_buffers(tuning, own).items() if key not in given and value is not own[key]}
+        values |= {key: value for key, value in _base_buffers(base, own).items() if key not in given and value is not own[key]}
     with torch.no_grad():
         (_assign if assign else _copy)(modules, own, values)
     return True
@@ -229,7 +231,7 @@ def full_state_dict(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def classify_keys(tuned: Inventory, base: set[int]) -> dict[str, Any]:
-    """Sort the keys of a freshly tuned model into the groups of `Tuning`.
+    """Sort the keys of a freshly tuned model into the groups of `Tuning`, and name its modules.
 
     Args:
         tuned: the model, with its strategy applied.
@@ -246,6 +248,7 @@ def classify_keys(tuned: Inventory, base: set[int]) -> dict[str, Any]:
         "frozen": [key for key, trains, is_base in parameters if not trains and is_base],
         "statistics": [key for key, is_statistic, is_base in buffers if is_statistic and is_base],
         "buffers": [key for key, is_statistic, is_base in buffers if not is_statistic and is_base],
+        "modules": [module for _, module in tuned.modules],
     }
 
 
@@ -256,15 +259,23 @@ def moved_buffers(tuning: Tuning) -> set[str]:
 
 def _keep_trained_part(module: nn.Module, state_dict: StateDict, prefix: str, local_metadata: dict[str, Any]) -> None:
     if (tuning := find_tuning(module)) is not None:
-        for key in _left_out(tuning):
+        modules = walk_modules(module)
+        own = _persistent(modules)
+        for key in _left_out(tuning, modules, own) - _training(own):
             state_dict.pop(prefix + key, None)
 
 
-def _left_out(tuning: Tuning) -> set[str]:
-    """Keys of what is the base's own, and no part of a state dict."""
+def _left_out(tuning: Tuning, modules: list[tuple[str, nn.Module]], own: Mapping[str, Tensor]) -> set[str]:
+    """Keys of what is the base's own, and no part of a state dict unless it trains now."""
     if tuning.full:
         return set()
-    return {*tuning.frozen, *tuning.buffers} - (moved_buffers(tuning) if tuning.buffers else set())
+    refuse_incomplete(tuning, modules, own, "no state dict")
+    moved = moved_buffers(tuning) if tuning.buffers else set()
+    return {*tuning.frozen, *tuning.buffers} - moved - newcomers(tuning, modules)
+
+
+def _training(own: Mapping[str, Tensor]) -> set[str]:
+    return {key for key, tensor in own.items() if tensor.requires_grad}
 
 
 def _complete(
@@ -286,29 +297,56 @@ def _complete(
     given = {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
     twins = _twins(own, given)
     given |= twins.keys()
-    is_base = _is_base(tuning, given)
+    base = _Base.of(tuning, modules, own)
+    is_base = base.is_all_in(given)
     if strict:
         # torch would copy until it meets the first misfit and skip the rest: everything is checked before anything is written
         values = {key: state_dict[prefix + key] for key in sorted((given & own.keys()) - twins.keys())}
-        problems = _wrong_keys(tuning, own.keys(), given - _extra_states(modules), is_base)
+        problems = _wrong_keys(base, own.keys(), given - _extra_states(modules), is_base)
         _refuse(problems + _wrong_values(own, values, bool(local_metadata.get("assign_to_params_buffers"))))
     if is_base:
         _adopt_base_values(tuning, {**state_dict, **{prefix + key: state_dict[prefix + twin] for key, twin in twins.items()}}, prefix)
         supplied = {key: own[key] for key in tuning.adapter}
     else:
-        supplied = {key: own[key] for key in tuning.frozen} | _base_buffers(tuning, own)
+        supplied = {key: own[key] for key in base.frozen & own.keys()} | _base_buffers(base, own)
     for key, tensor in supplied.items():
         state_dict.setdefault(prefix + key, tensor)
 
 
-def _wrong_keys(tuning: Tuning, own: Set[str], given: Set[str], is_base: bool) -> list[str]:
-    missing = _missing(tuning, own, given, is_base)
+class _Base(NamedTuple):
+    """What is the base's own now: the keys of parameters and of buffers that do not train, and did not come after tuning."""
+
+    tuning: Tuning
+    frozen: set[str]
+    buffers: set[str]
+
+    @classmethod
+    def of(cls, tuning: Tuning, modules: list[tuple[str, nn.Module]], own: Mapping[str, Tensor]) -> _Base:
+        new = newcomers(tuning, modules)
+        return cls(tuning, set(tuning.frozen) - new - _training(own), set(tuning.buffers) - new)
+
+    def is_all_in(self, given: Set[str]) -> bool:
+        """Whether a state dict is a whole checkpoint of the original model."""
+        return bool(self.frozen) and given >= self.frozen and given.isdisjoint(self.tuning.adapter)
+
+    def missing(self, own: Set[str], given: Set[str], is_base: bool) -> set[str]:
+        # what the module has and the tuning does not know was added since
+        return {*own} - given - self.frozen - self.buffers - (set(self.tuning.adapter) if is_base else set())
+
+    def partial(self, given: Set[str]) -> set[str]:
+        """Keys of the frozen base that are given where others of it are not."""
+        found = self.frozen & given
+        return found if len(found) != len(self.frozen) else set()
+
+
+def _wrong_keys(base: _Base, own: Set[str], given: Set[str], is_base: bool) -> list[str]:
+    missing = base.missing(own, given, is_base)
     if not any(map(_is_counter, given)):
         missing = {key for key in missing if not _is_counter(key)}  # a checkpoint older than the counter: torch knows its version
     return [
         *(f"missing: {key}" for key in sorted(missing)),
         *(f"unexpected: {key}" for key in sorted(given - own)),
-        *(f"only a part of the frozen base is given: {key}" for key in sorted(_partial(tuning, given))[:3]),
+        *(f"only a part of the frozen base is given: {key}" for key in sorted(base.partial(given))[:3]),
     ]
 
 
@@ -360,23 +398,6 @@ def _twins(own: Mapping[str, Tensor], given: Set[str]) -> dict[str, str]:
     return {key: key_of[id(tensor)] for key, tensor in own.items() if key not in given and id(tensor) in key_of}
 
 
-def _is_base(tuning: Tuning, given: Set[str]) -> bool:
-    """Whether a state dict is a whole checkpoint of the original model."""
-    return bool(tuning.frozen) and given >= set(tuning.frozen) and given.isdisjoint(tuning.adapter)
-
-
-def _missing(tuning: Tuning, own: Set[str], given: Set[str], is_base: bool) -> set[str]:
-    # what the module has and the tuning does not know was added since
-    return {*own} - given - {*tuning.frozen, *tuning.buffers} - (set(tuning.adapter) if is_base else set())
-
-
-def _partial(tuning: Tuning, given: Set[str]) -> set[str]:
-    """Keys of the frozen base that are given where others of it are not."""
-    frozen = set(tuning.frozen)
-    found = frozen & given
-    return found if len(found) != len(frozen) else set()
-
-
 def _persistent(modules: list[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """What a state dict holds of these modules, in torch's order."""
     own: dict[str, Tensor] = {}
@@ -406,9 +427,9 @@ def _adopt_base_values(tuning: Tuning, state_dict: Mapping[str, Any], prefix: st
             original.value = value.detach().to(original.value.device, original.value.dtype, copy=True)
 
 
-def _base_buffers(tuning: Tuning, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {original.full_name: original for original in tuning.originals if original.is_buffer}
-    return {key: _base_value(found.get(key), own[key]) for key in tuning.buffers if key in own}
+def _base_buffers(base: _Base, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {original.full_name: original for original in base.tuning.originals if original.is_buffer}
+    return {key: _base_value(found.get(key), own[key]) for key in base.buffers if key in own}
 
 
 def _base_value(original: Original | None, current: Tensor) -> Tensor:

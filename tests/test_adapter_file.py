@@ -1043,3 +1043,56 @@ def test_a_config_that_goes_round_in_circles_is_refused() -> None:
 
     with pytest.raises(StrategyError, match="no plain JSON data"):
         _as_data(config)
+
+
+def _put_a_head(model: nn.Module) -> str:
+    model.head = nn.Linear(6, 5)
+    return "head.bias, head.weight came in the place"
+
+
+def _put_a_frozen_head(model: nn.Module) -> str:
+    model.head = nn.Linear(6, 5).requires_grad_(False)
+    return "head.bias, head.weight came in the place"
+
+
+def _put_other_statistics(model: nn.Module) -> str:
+    model.bn = nn.BatchNorm2d(6, affine=False)
+    return "bn.num_batches_tracked, bn.running_mean, bn.running_var came in the place"
+
+
+def _let_the_head_train(model: nn.Module) -> str:
+    model.get_submodule("head").requires_grad_()
+    return "head.bias, head.weight train"
+
+
+def _add_a_layer(model: nn.Module) -> str:
+    model.extra = nn.Linear(2, 2)
+    return "extra.bias, extra.weight train"
+
+
+@pytest.mark.parametrize("change", [_put_a_head, _put_a_frozen_head, _put_other_statistics, _let_the_head_train, _add_a_layer])
+def test_what_a_file_cannot_bring_back_is_not_left_out(change: Callable[[nn.Module], str], path: Path) -> None:
+    """What trains and is unknown to tuning, or came in the base's place, is no part of a file: saving refuses it by name, and says how
+    to keep it.
+    """
+    model = cnn()
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=2, targets="conv"))
+    save_adapter(model, path)
+    before = path.read_bytes()
+    names = change(model)
+
+    with pytest.raises(StateError, match=rf"not saved: {names}.*merge_strategies.*state_dict\(\) holds"):
+        save_adapter(model, path)
+
+    assert path.read_bytes() == before
+
+
+def test_what_is_frozen_or_shared_is_no_obstacle_to_saving(path: Path) -> None:
+    """A frozen module beside the base, and a layer that took over another's tensors, are left out as the base is."""
+    model = cnn()
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=2, targets="conv"))
+    expected = save_adapter(model, path).digest
+    model.teacher = cnn().requires_grad_(False)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    assert save_adapter(model, path).digest == expected

@@ -17,6 +17,7 @@ from gift_core import (
     FullFineTuningStrategy,
     disable_fine_tuning,
     enable_fine_tuning,
+    full_state_dict,
     load_adapter,
     merge,
     merge_and_unload,
@@ -446,6 +447,19 @@ def test_a_replaced_module_is_refused() -> None:
     assert fingerprint(model) == before
     with merged(model), torch.no_grad():
         model(input_for(mlp))
+
+
+def test_a_layer_that_left_is_not_forgotten() -> None:
+    """A model that lost one of its adapted layers is not unloaded, because that layer's adapter would be gone; nothing changes."""
+    model = tuned(mlp)
+    model[2] = nn.Linear(8, 3)
+    with full_state_dict(model):
+        before = fingerprint(model)
+
+        with pytest.raises(StateError, match=r"not unloaded: 2\.lora_A.* left the model.*put it back"):
+            merge_and_unload(model)
+
+        assert fingerprint(model) == before
 
 
 def test_a_method_that_fails_half_way() -> None:

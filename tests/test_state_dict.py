@@ -403,6 +403,108 @@ def test_children_added_after_enabling() -> None:
     assert values(fresh) == values(model)
 
 
+def _added(model: nn.Module) -> set[str]:
+    model.extra = nn.Linear(2, 2)
+    return {"extra.weight", "extra.bias"}
+
+
+def _replaced(model: nn.Module) -> set[str]:
+    model.head = nn.Linear(6, 5)
+    return {"head.weight", "head.bias"}
+
+
+def _let_train(model: nn.Module) -> set[str]:
+    model.get_submodule("head").requires_grad_()
+    return {"head.weight", "head.bias"}
+
+
+def _exchanged(model: nn.Module) -> set[str]:
+    model.get_submodule("head").weight = nn.Parameter(torch.ones(5, 6))
+    return {"head.weight"}
+
+
+@pytest.mark.parametrize("wrap", [wrap for wrap, _ in WRAPS.values()], ids=list(WRAPS))
+@pytest.mark.parametrize("change", [_added, _replaced, _let_train, _exchanged])
+def test_what_trains_since_is_in_it(change: Callable[[nn.Module], set[str]], wrap: Wrap) -> None:
+    """Whatever trains now is in a state dict and comes back from it, also what tuning froze or did not know."""
+    strategy = LoRAAllFineTuningStrategy(rank=2, targets="conv")
+    model, fresh, unchanged = (tuned(strategy=strategy, steps=0) for _ in range(3))
+    keys = change(model)
+    change(fresh)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+
+    state = wrap(model).state_dict()
+    before = values(unchanged)
+    wrap(fresh).load_state_dict(state)
+
+    assert set(model.state_dict()) == trained_keys(model) | STATISTICS
+    assert keys <= trained_keys(model)
+    assert values(fresh) == values(model)
+    with pytest.raises(StateDictError, match=min(keys).replace(".", r"\.")):
+        wrap(unchanged).load_state_dict(state)
+    assert values(unchanged) == before
+
+
+class Scaled(nn.Linear):
+    """A layer with a persistent buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+
+
+def test_what_took_a_layers_place_stays_in_it() -> None:
+    """A new layer is no part of the base, frozen or not; nor are its buffers, and its absence is an error."""
+    model = nn.Sequential(nn.Linear(4, 4), Scaled())
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1, targets="0"))
+    model[1] = Scaled().requires_grad_(False)
+    keys = {"1.weight", "1.bias", "1.scale"}
+
+    state = model.state_dict()
+
+    assert keys < set(state)
+    for key in keys:
+        with pytest.raises(StateDictError, match=rf"missing: {key}"):
+            model.load_state_dict({other: value for other, value in state.items() if other != key})
+
+
+def test_a_layer_of_the_same_tensors_is_the_base() -> None:
+    """A layer that took over the tensors of the one in whose place it came, as SyncBatchNorm does, changes no state dict."""
+    model = tuned()
+    before = model.state_dict()
+
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    assert type(model.get_submodule("bn")) is nn.SyncBatchNorm
+    assert list(model.state_dict()) == list(before)
+
+
+def test_an_adapted_layer_that_left() -> None:
+    """Without one of its adapted layers a tuned model has no state dict, but the full one; put back, it has."""
+    model = tuned(mlp)
+    before, layer = model.state_dict(), model[2]
+    model[2] = nn.Linear(8, 3)
+
+    for outer in (model, nn.Sequential(model)):
+        with pytest.raises(StateError, match=r"2\.lora_A.* left the model.*put it back"):
+            outer.state_dict()
+    with full_state_dict(model):
+        assert "2.weight" in model.state_dict()
+    model[2] = layer
+    assert list(model.state_dict()) == list(before)
+
+
+def test_a_layer_that_was_wrapped_since_is_still_there() -> None:
+    """A layer that is compiled in its place has another name and has not left; its adapter is in the state dict."""
+    model = tuned(mlp)
+
+    model[2] = torch.compile(model[2], backend="eager")
+
+    assert {"2._orig_mod.lora_A", "2._orig_mod.lora_B"} <= set(model.state_dict())
+
+
 def test_trainable_state_dict_off() -> None:
     """With ``trainable_state_dict=False`` the state dict is torch's own: everything, under the base's keys and the adapter's."""
     model = cnn()

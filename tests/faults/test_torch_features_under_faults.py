@@ -356,6 +356,18 @@ def test_letting_a_layer_train_is_seen(strategy: Any) -> None:
 
 
 @strategies
+def test_a_new_layer_is_no_frozen_one(strategy: Any) -> None:
+    """A layer that came in the place of a frozen one is to be held by an optimizer, and is not held in vain."""
+    model = mlp()
+    enable_fine_tuning(model, strategy(rank=2, targets="0"))
+    before = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[2] = nn.Linear(8, 5)
+
+    assert check_optimizer(model, before).missing == ("2.weight", "2.bias")
+    assert check_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1)).ok
+
+
+@strategies
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(strategy: Any, set_to_none: bool) -> None:
     """Both kinds of ``zero_grad`` reach every adapter tensor, and give the frozen base no gradient."""
