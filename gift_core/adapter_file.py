@@ -20,7 +20,7 @@ from gift_core import __version__
 from gift_core.adapter_format import AdapterInfo, Description, Payload, base_digest, decode, encode, is_config, sha256_of_each
 from gift_core.allocation import AllocationLimit
 from gift_core.atomic import atomic_path
-from gift_core.distributed import any_sharded, is_sharded, is_writer, together, whole, write_whole
+from gift_core.distributed import Peers, add_up, agreed, is_made_of_parts, is_sharded, layout_of, own_part, own_slices, whole
 from gift_core.errors import (
     AdapterFileError,
     AdapterMismatchError,
@@ -76,15 +76,20 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
         AdapterFileError: if a trained tensor holds NaN; the message names it.
         AdapterWriteError: if the file cannot be written; what was there is intact.
     """
-    root = tuned_root(module)
-    target = as_path(path)
-    own = _own_tensors(root)
-    with together(own.values(), "save the adapter"):
-        payload = Payload.of(_adapter_tensors(root, own))
+    peers = Peers(module, "save the adapter", "The file, if there is one, is complete: the old or the new.")
+    with peers.alone():
+        root = tuned_root(module)
+        target = as_path(path)
+        tensors = _adapter_tensors(root, _own_tensors(root))
+    with peers.exchange():
+        description = _describe(root)
+        gathered = {key: _on_cpu(tensor) for key, tensor in tensors.items()}
+    with peers.alone():
+        payload = Payload.of(gathered)
         if broken := _with_nan(payload, payload.tensors):
             raise AdapterFileError(f"not saved: NaN in {', '.join(broken[:5])}. Load an earlier adapter, or train with a smaller step.")
-        info, start = encode(_describe(root), payload)
-        if is_writer(own.values()):
+        info, start = encode(description, payload)
+        if peers.is_writer:
             with atomic_path(target) as temporary, open(temporary, "wb") as file:
                 file.writelines([start, *payload.parts()])
     return info
@@ -122,10 +127,14 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
         PluginError: if the strategy's plugin is not installed or cannot be used.
         ModelError: if a part of a plain model is scripted or lazy.
     """
-    info, payload = decode(path)
-    plain = isinstance(module, nn.Module) and not any(find_tuning(child) for child in module.modules())
+    peers = Peers(module, "load the adapter", "Nothing was loaded.")
+    with peers.alone():
+        info, payload = decode(path)
+        plain = isinstance(module, nn.Module) and not any(find_tuning(child) for child in module.modules())
+        root = module if plain else tuned_root(module)
+    peers.refuse_difference(int(info.digest[:15], 16), f"the processes were given different files, here {path}.")
     if not plain:
-        _load_into(tuned_root(module), info, payload, check_base, str(path))
+        _load_into(root, peers, info, payload, check_base, str(path))
         return info
     if info.strategy is None:
         raise AdapterMismatchError(
@@ -141,7 +150,7 @@ def load_adapter(module: nn.Module, path: str | os.PathLike[str], *, check_base:
     with _generators_kept(), contextlib.nullcontext() if trusted else _distrust(info):
         enable_fine_tuning(module, _strategy(info))
     try:
-        _load_into(module, info, payload, check_base, str(path))
+        _load_into(module, peers, info, payload, check_base, str(path))
     except BaseException:
         disable_fine_tuning(module)
         raise
@@ -184,23 +193,36 @@ def _generators_kept() -> Iterator[None]:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """A digest of a tensor's shape, dtype and every bit; computed where the tensor is, so that only sums are moved.
+    """A digest of a tensor's shape, dtype and every bit (collective); computed where its parts are, so that only sums are moved.
 
     Sums of the bit patterns along rows and columns change with any one number, and when rows or columns change places.
     """
-    return _digests([whole(tensor.detach())])[0]
+    return _digests([tensor.detach()])[0]
 
 
 def _digests(tensors: list[Tensor]) -> list[str]:
-    """`tensor_digest` of each of several whole tensors of one shape, dtype and device, in a few steps for all."""
-    like = tensors[0]
-    values = torch.stack(tensors) if len(tensors) > 1 else like.resolve_conj().resolve_neg()[None]
+    """`tensor_digest` of each of several tensors of one shape, dtype, device and layout, in a few steps for all."""
+    like = tensors[0] if is_made_of_parts(tensors[0]) else whole(tensors[0])
+    parts = [own_part(tensor if is_made_of_parts(tensor) else whole(tensor)) for tensor in tensors]
+    values = torch.stack(parts) if len(parts) > 1 else parts[0].resolve_conj().resolve_neg()[None]
     if values.is_complex():
         values = torch.view_as_real(values)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     rows = values.shape[1] if values.dim() > 1 else 1
-    sums = _sums(values.reshape(len(tensors), rows, math.prod(values.shape[2:])).view(integer)).cpu().numpy()
-    return sha256_of_each(f"{like.dtype}{list(like.shape)}".encode(), [row.tobytes() for row in sums])
+    sums = _sums(values.reshape(len(tensors), rows, math.prod(values.shape[2:])).view(integer))
+    if is_sharded(like) and like.dim():
+        sums = _of_the_whole(sums, values.shape, like)
+    return sha256_of_each(f"{like.dtype}{list(like.shape)}".encode(), [row.tobytes() for row in sums.cpu().numpy()])
+
+
+def _of_the_whole(sums: Tensor, shape: torch.Size, like: Tensor) -> Tensor:
+    """The `_sums` of sharded tensors, from those of this process's parts of them, which had this ``shape`` (collective)."""
+    columns, (rows, *others) = math.prod(shape[2:]), own_slices(like)
+    down = sums.new_zeros((len(sums), *like.shape[1:], *shape[1 + like.dim() :]))  # complex numbers are pairs
+    across = sums.new_zeros((len(sums), like.shape[0]))
+    down[(slice(None), *others)] = sums[:, :columns].view(len(sums), *shape[2:])
+    across[:, rows] = sums[:, columns:]
+    return add_up(torch.cat([down.reshape(len(sums), -1), across], 1), like)
 
 
 def _sums(bits: Tensor) -> Tensor:
@@ -234,9 +256,11 @@ def _adapter_tensors(root: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Te
     tensors = _required_tensors(tuning, own)
     for key in sorted(moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}):
         tensors[key] = own[key]
-    return {
-        key: tensor if tensor.is_cpu and not is_sharded(tensor) else whole(tensor.detach()).cpu() for key, tensor in tensors.items()
-    }
+    return tensors
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cpu and not is_sharded(tensor) else whole(tensor.detach()).cpu()
 
 
 def _refuse_unknown(tuning: Tuning, new: Set[str], own: Mapping[str, Tensor]) -> None:
@@ -323,18 +347,19 @@ def _base_digests(adopted: Iterable[tuple[str, nn.Module]]) -> dict[str, str]:
         for weight, _ in adoptions_of(module):
             tensor = module._parameters[weight]
             assert tensor is not None  # adoption checked it
-            alike.setdefault((tensor.shape, tensor.dtype, tensor.device), {})[f"{name}.{weight}" if name else weight] = tensor
+            kind = (tensor.shape, tensor.dtype, tensor.device, layout_of(tensor))
+            alike.setdefault(kind, {})[f"{name}.{weight}" if name else weight] = tensor
     return {key: digest for tensors in alike.values() for key, digest in _digests_by_key(tensors)}
 
 
 def _digests_by_key(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Of tensors of one shape, dtype and device; as many in one step as `_STRETCH` bounds, at least one."""
+    """Of tensors of one shape, dtype, device and layout; as many in one step as `_STRETCH` bounds, at least one."""
     items = list(tensors.items())
     step = max(1, _stretch_on(items[0][1].device) // max(1, items[0][1].nbytes))
     for start in range(0, len(items), step):
         keys, values = zip(*items[start : start + step], strict=True)
         with torch.no_grad():
-            digests = _digests([whole(value) for value in values])
+            digests = _digests([value.detach() for value in values])
         yield from zip(keys, digests, strict=True)
 
 
@@ -355,27 +380,32 @@ def _has_nan(tensor: Tensor) -> bool:
 # --- fitting a file to a model
 
 
-def _load_into(root: nn.Module, info: AdapterInfo, payload: Payload, check_base: bool, path: str) -> None:
+def _load_into(root: nn.Module, peers: Peers, info: AdapterInfo, payload: Payload, check_base: bool, path: str) -> None:
     tuning, own, tensors = tuning_of(root), _own_tensors(root), payload.tensors
-    with together(own.values(), "load the adapter"):
-        problems = _mismatches(root, own, info, payload, check_base)
-        if problems:
-            raise AdapterMismatchError(
-                f"{path} does not fit this model; nothing was loaded.\n  " + "\n  ".join(map(printable, problems))
-            )
+    with peers.alone():
+        _refuse_misfit(path, _mismatches(root, own, info, payload))
+    if check_base:
+        with peers.exchange():
+            digests = _base_digests(adopted_modules(root))
+        with peers.alone():
+            _refuse_misfit(path, _other_base(digests, info))
     originals = {original.full_name: original for original in tuning.originals if original.is_buffer}
-    sharded = {key for key in tensors if is_sharded(own[key])} if any_sharded(own.values()) else set()
     with torch.no_grad():
-        if here := [key for key in tensors if key not in sharded]:
-            torch._foreach_copy_([own[key] for key in here], [tensors[key] for key in here])
-        for key in sorted(sharded):  # the processes of a sharded model must take them in one order
-            write_whole(own[key], tensors[key])
+        with peers.exchange():  # all that others have a part in, before the first value is written
+            parts = {key: agreed(own[key], tensors[key]) if is_sharded(own[key]) else tensors[key] for key in sorted(tensors)}
+        if parts:
+            torch._foreach_copy_([own_part(own[key]) for key in parts], list(parts.values()))
         for key, original in originals.items():
             if key not in tensors and (buffer := original.current()) is not None:
                 buffer.copy_(original.value)  # absent from the file: the base's own
 
 
-def _mismatches(root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, payload: Payload, check_base: bool) -> list[str]:
+def _refuse_misfit(path: str, problems: list[str]) -> None:
+    if problems:
+        raise AdapterMismatchError(f"{path} does not fit this model; nothing was loaded.\n  " + "\n  ".join(map(printable, problems)))
+
+
+def _mismatches(root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, payload: Payload) -> list[str]:
     tuning, tensors, adopted = tuning_of(root), payload.tensors, list(adopted_modules(root))
     problems = [] if tuning.structure == info.structure else ["the base model has other names or shapes"]
     if tuning.config != info.strategy:
@@ -395,7 +425,7 @@ def _mismatches(root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, p
     ]
     problems += [reason for key in shared if (reason := _lost_digits(key, tensors[key], own[key]))]
     problems += [f"{key} holds NaN" for key in _with_nan(payload, shared)]
-    return problems + (_other_base(_base_digests(adopted), info) if check_base and not problems else [])
+    return problems
 
 
 def _lost_digits(key: str, value: Tensor, own: Tensor) -> str | None:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from ranks import WORLD, finish_ranks, join, leave, needs_gloo, run_ranks, start_ranks
 from torch import Tensor, nn
 
+import gift_core.adapter_file as adapter_file
 from gift_core import (
     AdapterSet,
     Reparameterization,
@@ -31,9 +31,11 @@ from gift_core import (
     save_adapter,
     tuning_disabled,
 )
-from gift_core.distributed import write_whole
+from gift_core.adapter_file import _base_digests, tensor_digest
+from gift_core.distributed import own_part, write_whole
 from gift_core.errors import GiftError, SiteError, StateError
 from gift_core.factories import is_instance, reparameterize
+from gift_core.record import adopted_modules
 from gift_core.strategy import FineTuningStrategy
 from gift_lora_plugin import LoRAAllFineTuningStrategy
 
@@ -210,6 +212,10 @@ def train_parallel(folder: Path, rank: int, world: int) -> None:
         model = parallel(tuned(strategy), line(world))
         train(model, tokens())
         torch.save(gathered(model), folder / f"{name}-{rank}.pt")
+        torch.save(
+            {key: str(getattr(p, "placements", None)) for key, p in nn.Module.named_parameters(model)},
+            folder / f"{name}-placed-{rank}.pt",
+        )
         save_adapter(model, folder / f"{name}.safetensors")
         other = parallel(tuned(strategy), line(world))
         load_adapter(other, folder / f"{name}.safetensors")
@@ -249,37 +255,42 @@ def train_on_grids(folder: Path, rank: int, world: int) -> None:
         torch.save({call: refusal(act) for call, act in calls.items()}, folder / f"{name} refusals-{rank}.pt")
 
 
-def train_as_threads(folder: Path) -> None:
-    """Train on a grid of two by two, whose processes are threads of this one, save nothing, load, and disable."""
+def in_threads(work: Callable[[Any, int, nn.Module], None], build: Callable[[], nn.Module]) -> None:
+    """Work with a mesh of two by two, a rank and a model of one's own, as four processes that are threads of this one."""
     from torch.testing._internal.distributed import multi_threaded_pg
 
     multi_threaded_pg._install_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    one_at_a_time = threading.Lock()  # the random generator is everyone's
-    store = dist.HashStore()
+    store, models = dist.HashStore(), [build() for _ in range(4)]
 
-    def work(rank: int) -> None:
+    def run(rank: int) -> None:
         dist.init_process_group("threaded", rank=rank, world_size=4, store=store)
         try:
-            mesh = grid((2, 2))
-            with one_at_a_time:
-                model, other = tuned(), tuned()
-            model, other = sharded_and_parallel(model, mesh), sharded_and_parallel(other, mesh)
-            train(model, tokens().chunk(2)[mesh.get_local_rank("dp")])
-            state = gathered(model)
-            torch.save(state, folder / f"trained-{rank}.pt")
-            tensors = dict(other.named_parameters())
-            with torch.no_grad():
-                for key, value in state.items():
-                    write_whole(tensors[key], value)
-            torch.save(gathered(other), folder / f"loaded-{rank}.pt")
-            disable_fine_tuning(model)
-            torch.save(gathered(model), folder / f"disabled-{rank}.pt")
+            work(grid((2, 2)), rank, models[rank])
         finally:
             dist.destroy_process_group()
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
+        list(pool.map(run, range(4)))
+
+
+def train_as_threads(folder: Path) -> None:
+    """Train on a grid of two by two, whose processes are threads of this one, save nothing, load, and disable."""
+
+    def work(mesh: Any, rank: int, models: Any) -> None:
+        model, other = (sharded_and_parallel(model, mesh) for model in models)
+        train(model, tokens().chunk(2)[mesh.get_local_rank("dp")])
+        state = gathered(model)
+        torch.save(state, folder / f"trained-{rank}.pt")
+        tensors = dict(other.named_parameters())
+        with torch.no_grad():
+            for key, value in state.items():
+                write_whole(tensors[key], value)
+        torch.save(gathered(other), folder / f"loaded-{rank}.pt")
+        disable_fine_tuning(model)
+        torch.save(gathered(model), folder / f"disabled-{rank}.pt")
+
+    in_threads(work, lambda: nn.ModuleList([tuned(), tuned()]))
 
 
 def checkpoint(folder: Path, rank: int, world: int) -> None:
@@ -301,17 +312,110 @@ def checkpoint(folder: Path, rank: int, world: int) -> None:
         torch.save(whole, folder / f"whole-{step}.pt")
 
 
-def die_while_saving(folder: Path, rank: int, world: int) -> None:
-    """Save once; then the last process dies when it is about to take part in saving again."""
-    model = sharded(tuned(), line(world))
-    save_adapter(model, folder / "adapter.safetensors")
+#: The moments at which a process dies: what it is doing, and the function of `gift_core.adapter_file` that it does not come back from.
+MOMENTS = {
+    "before saving": (save_adapter, "_adapter_tensors"),
+    "gathering": (save_adapter, "_on_cpu"),
+    "within saving": (save_adapter, "encode"),
+    "checking": (load_adapter, "_base_digests"),
+    "taking parts": (load_adapter, "agreed"),
+}
+
+
+def die(folder: Path, rank: int, world: int) -> None:
+    """Save once and train; then the last process dies in the middle of a verb, and the others leave their error and their model."""
+    verb, function = MOMENTS[sys.argv[5]]
+    path, model = folder / "adapter.safetensors", sharded(tuned(), line(world))
+    save_adapter(model, path)
     train(model, tokens().chunk(world)[rank])
+    before = local_parts(model)
     if rank == world - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        setattr(adapter_file, function, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    (folder / "error").write_text(refusal(lambda: verb(model, path)))
+    (folder / "same").write_text(str(all(map(torch.equal, before, local_parts(model)))))
+    leave()
+
+
+def local_parts(model: nn.Module) -> list[Tensor]:
+    """Copies of what this process holds of the model."""
+    return [own_part(tensor.detach()).clone() for tensor in nn.Module.parameters(model)]
+
+
+def fail_on_one(folder: Path, rank: int, world: int) -> None:
+    """Load what one process cannot, and what is another file there; the model stays as it was."""
+    model = sharded(tuned(), line(world))
+    save_adapter(model, folder / "0")
+    train(model, tokens().chunk(world)[rank])
+    save_adapter(model, folder / "1")
+    (folder / "cut").write_bytes((folder / "1").read_bytes()[:-9])
+    dist.barrier()
+    before = gathered(model)
+    paths = {"another file": str(rank), "no file": "absent" if rank else "0", "a part of a file": "0" if rank else "cut"}
+    texts = {name: refusal(lambda path=path: load_adapter(model, folder / path)) for name, path in paths.items()}
+    torch.save(texts, folder / f"refusals-{rank}.pt")
+    torch.save([before, gathered(model)], folder / f"states-{rank}.pt")
+
+
+def count_calls(folder: Path, rank: int, world: int) -> None:
+    """Leave the shapes that are gathered while saving and loading, and how many files this process puts in place."""
+    from torch.distributed.tensor import DTensor
+
+    model, shapes, replaced = sharded(tuned(), line(world)), [], []
+    gather, replace = DTensor.full_tensor, os.replace
+    DTensor.full_tensor = lambda self: shapes.append(tuple(self.shape)) or gather(self)  # type: ignore[method-assign, func-returns-value]
+    os.replace = lambda *paths: replaced.append(paths[1].name) or replace(*paths)  # type: ignore[assignment, func-returns-value]
     save_adapter(model, folder / "adapter.safetensors")
+    torch.save([sorted(shapes), replaced], folder / f"saving-{rank}.pt")
+    shapes.clear()
+    load_adapter(model, folder / "adapter.safetensors")
+    torch.save(shapes, folder / f"loading-{rank}.pt")
 
 
-JOBS = (train_sharded, train_parallel, train_on_grids, checkpoint, die_while_saving)
+def digest_parts(folder: Path, rank: int, world: int) -> None:
+    """Leave which tensors have another digest in parts than whole, by shape, dtype and placement, and how often one was gathered."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    generator, mesh = torch.Generator().manual_seed(3), line(world)
+    gather, wrong, count, gathers = DTensor.full_tensor, [], 0, []
+    DTensor.full_tensor = lambda self: gathers.append(self.placements) or gather(self)  # type: ignore[method-assign, func-returns-value]
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.uint8):
+        for shape in ((6, 4), (7, 5), (1, 3), (3, 1), (5, 3, 2, 3), (9,), (1,), (0, 4), ()):
+            whole = torch.randn(shape, generator=generator).mul(50).to(dtype)
+            for placement in (Replicate(), *map(Shard, range(len(shape)))):
+                count += 1
+                if tensor_digest(distribute_tensor(whole, mesh, [placement])) != tensor_digest(whole):
+                    wrong.append((str(dtype), shape, str(placement)))
+    torch.save([count, wrong, len(gathers)], folder / f"digests-{rank}.pt")
+    sums = DTensor.from_local(torch.full((2, 3), 1.0 + rank), mesh, [Partial()], run_check=False)
+    torch.save(tensor_digest(sums), folder / f"partial-{rank}.pt")
+
+
+def digest_as_threads(folder: Path) -> None:
+    """Leave the digests of an uneven model's weights, whole and on a grid of two by two, whose processes are threads of this one."""
+
+    def uneven() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Identity(), nn.Linear(6, 10), nn.GELU(), nn.Identity(), nn.Linear(10, 5), nn.Linear(5, 3))
+        enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=2))
+        return model
+
+    def work(mesh: Any, rank: int, model: nn.Module) -> None:
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        digests = _base_digests(adopted_modules(sharded_and_parallel(model, mesh)))
+        weight = torch.arange(35.0).view(7, 5)
+        several = {
+            f"{first}, {second}": tensor_digest(distribute_tensor(weight, mesh, [Shard(first), Shard(second)]))
+            for first in (0, 1)
+            for second in (0, 1)
+        }
+        torch.save([digests, several], folder / f"digests-{rank}.pt")
+
+    in_threads(work, uneven)
+
+
+JOBS = (train_sharded, train_parallel, train_on_grids, checkpoint, die, fail_on_one, count_calls, digest_parts)
+THREADS = (train_as_threads, digest_as_threads)
 
 
 @contextlib.contextmanager
@@ -451,6 +555,18 @@ def test_files_of_tensor_parallel_models(name: str, tp: Path) -> None:
         assert_close(model.state_dict(), state, 0)
 
 
+def test_tensor_parallel_placements(tp: Path) -> None:
+    """What ColwiseParallel splits by outputs has factors that are split likewise; those of a layer split by inputs are replicated."""
+    for placed in load(tp, "lora-placed"):
+        kinds = {key: ("0" if "dim=0" in text else "1") if "Shard" in text else text for key, text in placed.items()}
+
+        assert kinds["1.weight"] == kinds["1.lora_A"] == kinds["1.lora_B"] == "0"
+        assert kinds["4.weight"] == "1"
+        assert "Replicate" in kinds["4.lora_A"]
+        assert "Replicate" in kinds["4.lora_B"]
+        assert kinds["5.weight"] == kinds["5.lora_A"] == "None"
+
+
 @pytest.fixture(scope="module")
 def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes under FSDP2 over tensor parallelism left."""
@@ -526,23 +642,88 @@ def test_distributed_checkpoints_reshard(tmp_path: Path) -> None:
         assert_close(state, first, 0)
 
 
-def test_a_process_that_dies_while_saving(tmp_path: Path) -> None:
-    """When a process dies, the others raise, and the file is the complete one from before; nothing else lies beside it."""
-    dead, alive = signal.SIGKILL, 1
-    results = finish_ranks(start_ranks(__file__, tmp_path, "die_while_saving"))
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_process_that_dies(moment: str, tmp_path: Path) -> None:
+    """When a process dies while saving or loading, the others raise our error; their model is as it was, and the file complete."""
+    results = finish_ranks(start_ranks(__file__, tmp_path, "die", moment))
+    verb, _ = MOMENTS[moment]
+    message = (tmp_path / "error").read_text()
     model = base()
 
     load_adapter(model, tmp_path / "adapter.safetensors")
 
-    assert [code for code, _ in results] == [alive, -dead], results
-    assert_close(model.state_dict(), tuned().state_dict(), 0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "rendezvous"]
+    assert [code for code, _ in results] == [0, -signal.SIGKILL], results
+    assert message.startswith(f"StateError: could not {verb.__name__.replace('_', ' the ')}: the processes")
+    assert "start all anew" in message
+    assert (tmp_path / "same").read_text() == "True"
+    is_old = all(torch.equal(value, tuned().state_dict()[key]) for key, value in model.state_dict().items())
+    assert is_old or moment == "within saving"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "error", "rendezvous", "same"]
+
+
+def test_every_process_fails_where_one_cannot_read(tmp_path: Path) -> None:
+    """A file that one process cannot read, or that is another one there, is loaded by none; each says why, or that another does."""
+    run_ranks(__file__, tmp_path, "fail_on_one")
+    (first, second), states = load(tmp_path, "refusals"), load(tmp_path, "states")
+
+    assert "there is no adapter file" in second["no file"]
+    assert "AdapterFileError" in first["a part of a file"]
+    for text in (first["no file"], second["a part of a file"]):
+        assert text == "StateError: another process could not load the adapter: its own error says why. Nothing was loaded."
+    for texts in (first, second):
+        assert "given different files" in texts["another file"]
+    for before, after in states:
+        assert_close(after, before, 0)
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes counted while they saved and loaded."""
+    return run_ranks(__file__, tmp_path_factory.mktemp("calls"), "count_calls")
+
+
+def test_saving_gathers_the_adapter_alone(calls: Path) -> None:
+    """Of a sharded model saving gathers the tensors of the file and no weight of the base; loading gathers nothing."""
+    expected = sorted(tuple(tensor["shape"]) for tensor in read_adapter_info(calls / "adapter.safetensors").tensors.values())
+
+    assert [shapes for shapes, _ in load(calls, "saving")] == [expected] * WORLD
+    assert load(calls, "loading") == [[]] * WORLD
+
+
+def test_one_process_writes(calls: Path) -> None:
+    """The first process puts the file in place, and the others write none."""
+    assert [replaced for _, replaced in load(calls, "saving")] == [["adapter.safetensors"], []]
+
+
+def test_digests_of_parts(tmp_path: Path) -> None:
+    """A tensor in parts has the digest that it has whole, however it is split, and is not gathered; a sum is gathered first."""
+    run_ranks(__file__, tmp_path, "digest_parts")
+
+    for count, wrong, gathers in load(tmp_path, "digests"):
+        assert count == 6 * (9 + 16)
+        assert not wrong
+        assert not gathers
+    assert load(tmp_path, "partial") == [tensor_digest(torch.full((2, 3), 3.0))] * WORLD
+
+
+def test_digests_two_by_two(tmp_path: Path) -> None:
+    """The same where both dimensions of a mesh split, also unevenly and one after another along one dimension of the weight."""
+    pytest.importorskip("torch.testing._internal.distributed.multi_threaded_pg")
+    run_ranks(__file__, tmp_path, "digest_as_threads", world=1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity(), nn.Linear(6, 10), nn.GELU(), nn.Identity(), nn.Linear(10, 5), nn.Linear(5, 3))
+    expected = {f"{name}.weight": tensor_digest(layer.weight) for name, layer in model.named_children() if hasattr(layer, "weight")}
+
+    for rank in range(4):
+        digests, several = torch.load(tmp_path / f"digests-{rank}.pt", weights_only=True)
+        assert digests == expected
+        assert set(several.values()) == {tensor_digest(torch.arange(35.0).view(7, 5))}
 
 
 if __name__ == "__main__":
     place, rank, world, job = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    if job == train_as_threads.__name__:
-        train_as_threads(place)
+    if job in {work.__name__ for work in THREADS}:
+        globals()[job](place)
     else:
         with process_group(place, rank, world):
             {work.__name__: work for work in JOBS}[job](place, rank, world)
