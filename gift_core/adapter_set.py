@@ -62,7 +62,8 @@ class AdapterSet:
       threads that compute in this context take turns and are right. `use` alone waits for such a context and protects nobody after it.
       GIFt's own verbs on the model (saving, loading, merging, disabling, its state dict) take turns with both by themselves, and with
       each other; what torch does alone (a copy, ``parameters()``, the state dict of a larger model) needs `using`.
-    - **Wrappers** (torch.compile, DDP) come after: make the set of the model itself. A sharded model (FSDP2) is not switched.
+    - **Wrappers** (torch.compile, DDP) come after: make the set of the model itself. DDP reduces the adapter that is in use when DDP is
+      made, so that it is made anew after `use`. A sharded model (FSDP2) is not switched.
 
     Args:
         model: a plain model, or a tuned one, whose adapter then becomes the set's first and stays in use.

@@ -43,6 +43,9 @@ from gift_core.structure import Snapshot, take_snapshot, undo
 #: An action, and the parameters that it answers for, each with whether it leaves them trainable.
 Wishes = tuple[PlannedAction, list[tuple[Tensor, bool]]]
 
+#: What torch sets on every module that FSDP, of either version, holds. The parameters of the first version look like any others.
+_FSDP_MARK = "_is_fsdp_managed_module"
+
 #: The modules of all models that are being enabled, by ``id``.
 _enabling: dict[int, nn.Module] = {}
 _enabling_lock = threading.Lock()
@@ -59,7 +62,8 @@ def enable_fine_tuning(
     """Adapt a model in place: plan, then apply, all or nothing.
 
     Args:
-        module: the model, on its device and in its dtype, before any wrapper (DDP, FSDP, torch.compile).
+        module: the model, on its device and in its dtype, before any wrapper (DDP, FSDP, torch.compile). That DDP holds it already
+            cannot be seen from a ``ddp.module`` given here.
         fine_tuning_strategy: a strategy, or the name of a registered one.
         replace_parameter_function: let ``module.parameters()`` give only the trained part, frozen just now or not.
             `torch.optim.swa_utils.AveragedModel` pairs the parameters of a model with those of its copy and needs it off.
@@ -243,9 +247,14 @@ def _enabled_alone(module: Any) -> Iterator[None]:
 def _refuse_state(module: Any) -> None:
     if not isinstance(module, nn.Module):
         return  # planning says it better
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
-        raise ModelError(f"{type(module).__name__} wraps the model: call enable_fine_tuning on the model first, wrap it afterwards.")
-    for name, child in [(name, child) for name, child in walk_modules(module) if RECORD_ATTRIBUTE in child.__dict__]:
+    modules = walk_modules(module)
+    inside = [child for _, child in modules if isinstance(child, nn.parallel.DistributedDataParallel)]
+    if inside or isinstance(module, nn.DataParallel) or hasattr(module, "_orig_mod"):
+        wrapper = type(inside[0] if inside else module).__name__
+        raise ModelError(f"{wrapper} wraps the model: call enable_fine_tuning on the model first, wrap it afterwards.")
+    for name, child in [(name, child) for name, child in modules if _FSDP_MARK in child.__dict__]:
+        raise ModelError(f"{repr(name) if name else 'the model'} ({type(child).__name__}) is sharded by FSDP already: {ENABLE_FIRST}")
+    for name, child in [(name, child) for name, child in modules if RECORD_ATTRIBUTE in child.__dict__]:
         where = f"its {name!r}" if name else "the model"
         raise StateError(
             f"{where} is tuned already, by {tuning_of(child).strategy}: call disable_fine_tuning first, or enable "

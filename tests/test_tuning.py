@@ -945,12 +945,15 @@ def test_wrappers_are_refused(wrap: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def test_a_distributed_wrapper_is_refused(tmp_path: Any) -> None:
-    """DDP is a wrapper like any other."""
+    """DDP is a wrapper like any other, also where it wraps a part of the model."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         model = mlp()
         with refused(model, ModelError, "DistributedDataParallel", "wrap it afterwards"):
             enable_fine_tuning(nn.parallel.DistributedDataParallel(model), DELTA)
+        around = nn.Sequential(nn.Linear(2, 4), nn.parallel.DistributedDataParallel(model))
+        with refused(model, ModelError, "DistributedDataParallel", "wrap it afterwards"):
+            enable_fine_tuning(around, DELTA)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -33,7 +33,7 @@ from gift_core import (
 )
 from gift_core.adapter_file import _base_digests, tensor_digest
 from gift_core.distributed import own_part, write_whole
-from gift_core.errors import GiftError, SiteError, StateError
+from gift_core.errors import GiftError, ModelError, SiteError, StateError
 from gift_core.factories import is_instance, reparameterize
 from gift_core.record import adopted_modules
 from gift_core.strategy import FineTuningStrategy
@@ -178,6 +178,10 @@ def train_sharded(folder: Path, rank: int, world: int) -> None:
         "enable after sharding": lambda: enable_fine_tuning(sharded(base(), line(world)), "lora"),
         "load after sharding": lambda: load_adapter(sharded(base(), line(world)), folder / "fsdp.safetensors"),
         "train all after sharding": lambda: enable_fine_tuning(sharded(base(), line(world)), "full"),
+        "enable after FSDP1": lambda: enable_fine_tuning(fsdp1(True), "lora"),
+        "enable after FSDP1, flat": lambda: enable_fine_tuning(fsdp1(False), "lora"),
+        "enable inside FSDP1": lambda: enable_fine_tuning(fsdp1(True).module, "lora"),
+        "enable around FSDP1": lambda: enable_fine_tuning(nn.Sequential(nn.Linear(8, 8), fsdp1(True)), "lora"),
         "the base of a sharded model": lambda: tuning_disabled(model).__enter__(),
         "an unwritable path": lambda: save_adapter(model, folder / "absent" / "fsdp.safetensors"),
         "sharding inside plain_layers": lambda: _shard_inside(world),
@@ -189,6 +193,13 @@ def train_sharded(folder: Path, rank: int, world: int) -> None:
     mixed = sharded(tuned(), line(world), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     train(mixed, half)
     torch.save(gathered(mixed), folder / f"mixed-{rank}.pt")
+
+
+def fsdp1(use_orig_params: bool) -> Any:
+    """The base model in the hands of the first version of FSDP."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(base(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
 
 
 def _shard_inside(world: int) -> None:
@@ -513,6 +524,10 @@ def test_disable_of_a_sharded_model(fsdp: Path) -> None:
     [
         ("merge", (SiteError.__name__, "save_adapter it and merge on one process")),
         ("enable after sharding", ("enable_fine_tuning on the whole model", "afterwards")),
+        ("enable after FSDP1", (ModelError.__name__, "enable_fine_tuning on the whole model", "fully_shard", "afterwards")),
+        ("enable after FSDP1, flat", (ModelError.__name__, "enable_fine_tuning on the whole model", "fully_shard", "afterwards")),
+        ("enable inside FSDP1", (ModelError.__name__, "enable_fine_tuning on the whole model", "fully_shard", "afterwards")),
+        ("enable around FSDP1", (ModelError.__name__, "enable_fine_tuning on the whole model", "fully_shard", "afterwards")),
         ("load after sharding", ("afterwards",)),
         ("train all after sharding", ("enable_fine_tuning on the whole model", "afterwards")),
         ("the base of a sharded model", (StateError.__name__, "on a copy")),
