@@ -202,7 +202,9 @@ def _misfit(key: str, value: Any, own: Tensor) -> str | None:
 
 
 def _untrainable(key: str, value: Tensor, own: Tensor) -> str | None:
-    """Why a value cannot take the place of a tensor that trains, as with ``assign=True``; None if it can."""
+    """Why a value cannot take the place of a tensor, as with ``assign=True``, and the model train; None if it can."""
+    if value.is_inference():
+        return f"an inference tensor: {key}: made in torch.inference_mode(), it cannot take part in training: clone() it outside"
     if not own.requires_grad:
         return None
     if not (value.is_floating_point() or value.is_complex()):
@@ -311,6 +313,20 @@ def _complete(
         supplied = {key: own[key] for key in base.frozen & own.keys()} | _base_buffers(base, own)
     for key, tensor in supplied.items():
         state_dict.setdefault(prefix + key, tensor)
+    if local_metadata.get("assign_to_params_buffers"):
+        _keep_ties(tuning, own, state_dict, prefix)
+
+
+def _keep_ties(tuning: Tuning, own: Mapping[str, Tensor], state_dict: StateDict, prefix: str) -> None:
+    """Give what trains under several keys as one tensor under all of them; torch would make one for each, and end the tie."""
+    names: dict[int, list[str]] = {}
+    for key in tuning.trained:
+        if key in own:
+            names.setdefault(id(own[key]), []).append(key)
+    for keys in names.values():
+        given = [value for key in keys if isinstance(value := state_dict.get(prefix + key), Tensor)]
+        if len(keys) > 1 and given:
+            state_dict.update(dict.fromkeys((prefix + key for key in keys), _held_like(own[keys[0]], given[-1])))
 
 
 class _Base(NamedTuple):

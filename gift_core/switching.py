@@ -381,9 +381,10 @@ def _added_by(tuning: Tuning, root: nn.Module) -> set[int]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, nn.Parameter):
-        return tensor.detach().clone()
-    copied = copy.deepcopy(tensor)  # of the same class, with what a user has noted on it
+    with torch.inference_mode(False), torch.no_grad():  # a copy made in inference mode could never train
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.detach().clone()
+        copied = copy.deepcopy(tensor)  # of the same class, with what a user has noted on it
     copied.grad = None
     return copied
 

@@ -96,7 +96,7 @@ def _tune(plan: TuningPlan, replace_parameter_function: bool, trainable_state_di
     before = take_snapshot(module)
     base = Inventory.of(module)
     structure = digest_of(base)
-    with _all_or_nothing(module, before):
+    with _all_or_nothing(module, before), _training_allowed():
         originals = _apply(plan, base, keep_originals)
         tuned = Inventory.of(module)
         _refuse_conflicts(tuned)
@@ -284,6 +284,11 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+def _training_allowed() -> contextlib.AbstractContextManager[object]:
+    """Tensors made within can train, also where the caller is in inference mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _all_or_nothing(module: nn.Module, before: Snapshot) -> Iterator[None]:
     cpu = torch.get_rng_state()
@@ -393,9 +398,17 @@ def _act(action: PlannedAction, flags: dict[int, bool]) -> list[tuple[Tensor, bo
     except Exception as error:
         where, what = site_name(*action.site), describe(action.cap.action)
         if isinstance(error, GiftError):
-            raise type(error)(f"at {where}: {error}") from error
+            _tell_where(error, f"at {where}: {error}")
+            raise
         raise ActionError(f"action {what} raised at {where}: {type(error).__name__}: {error}. The model is as before.") from error
     return [(parameter, parameter.requires_grad) for parameter in answered_for]
+
+
+def _tell_where(error: GiftError, text: str) -> None:
+    """Add the place to an error of GIFt's or a plugin's, which keeps its type and all that it carries."""
+    error.args = (text, *error.args[1:])
+    if str(error) != text:  # it makes its text itself, or of several parts
+        error.add_note(text)
 
 
 def _refuse_conflicts(tuned: Inventory) -> None:

@@ -276,6 +276,50 @@ def test_tied_weights_in_training() -> None:
     assert torch.equal(fresh(input_for(tied)), model(input_for(tied)))
 
 
+@pytest.mark.parametrize(("wrap", "prefix"), WRAPS.values(), ids=WRAPS)
+@pytest.mark.parametrize("given", ["the trained part", "half of it", "the base"])
+def test_a_tie_in_training_outlasts_assign(given: str, wrap: Wrap, prefix: str) -> None:
+    """Tied weights that train are one tensor after ``assign=True``, given under both names or one, and disabling restores both."""
+    model = tuned(tied, FullFineTuningStrategy())
+    base = tied().state_dict()
+    state = copy.deepcopy(base if given == "the base" else tuned(tied, FullFineTuningStrategy(), steps=4).state_dict())
+    if given == "half of it":
+        del state["output.weight"]
+    outer = wrap(model)
+    others = {key: value for key, value in outer.state_dict().items() if not key.startswith(prefix)}
+
+    outer.load_state_dict(others | {prefix + key: value for key, value in state.items()}, strict=given != "half of it", assign=True)
+
+    assert model.get_parameter("output.weight") is model.get_parameter("embedding.weight")
+    assert torch.equal(model.get_parameter("output.weight"), state["embedding.weight"])
+    train(model, input_for(tied))
+    disable_fine_tuning(model)
+    assert {key: tensor_bytes(value) for key, value in model.state_dict().items()} == {
+        key: tensor_bytes(value) for key, value in base.items()
+    }
+
+
+@pytest.mark.parametrize("wrap", [wrap for wrap, _ in WRAPS.values()], ids=list(WRAPS))
+@pytest.mark.parametrize("part", ["adapter", "base"])
+def test_tensors_of_inference_mode_are_not_assigned(part: str, wrap: Wrap) -> None:
+    """What could never train is not put into a model by ``assign=True``; its values may be copied."""
+    model = tuned(mlp, steps=0)
+    with torch.inference_mode():
+        state = {key: value.clone() for key, value in (model if part == "adapter" else mlp()).state_dict().items()}
+    outer = wrap(model)
+    before = values(model)
+    prefix = next(prefix for a_wrap, prefix in WRAPS.values() if a_wrap is wrap)
+    others = {key: value for key, value in outer.state_dict().items() if not key.startswith(prefix)}
+    given = others | {prefix + key: value for key, value in state.items()}
+
+    with pytest.raises(StateDictError, match=r"an inference tensor: 0\..*clone\(\) it outside"):
+        outer.load_state_dict(given, assign=True)
+
+    assert values(model) == before
+    outer.load_state_dict(given)
+    train(model, input_for(mlp))
+
+
 @pytest.mark.parametrize("builder", ALL, ids=lambda builder: builder.__name__)
 @pytest.mark.parametrize("assign", [False, True])
 def test_the_original_checkpoint_loads_after_enabling(builder: Builder, assign: bool) -> None:

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,14 +30,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from gift_core import (
+    AdapterSet,
     FineTuningStrategy,
     FullFineTuningStrategy,
     adopt,
     disable_fine_tuning,
     enable_fine_tuning,
+    load_adapter,
     merge,
     merge_strategies,
     plan_fine_tuning,
+    save_adapter,
     tuning_disabled,
 )
 from gift_core.errors import ActionError, GiftWarning, ModelError, NoMatchError, SiteError, StateError
@@ -1023,3 +1027,58 @@ def test_the_effective_weight_is_the_formula() -> None:
         state[f"{name}.weight"] = state[f"{name}.weight"] + getattr(model, name).delta.detach()
 
     assert torch.equal(model(inputs), torch.func.functional_call(oracle, state, (inputs,)))
+
+
+class TooSmall(SiteError):
+    """An error of a plugin's, with a constructor of its own."""
+
+    def __init__(self, layer: str, sides: tuple[int, ...]) -> None:
+        super().__init__(f"{layer} is too small")
+        self.sides = sides
+
+
+class Worded(TooSmall):
+    """One that makes its text when it is asked."""
+
+    def __str__(self) -> str:
+        return f"{self.sides} are too few"
+
+
+@pytest.mark.parametrize("kind", [TooSmall, Worded])
+def test_an_error_of_a_plugins_stays_itself(kind: type[TooSmall]) -> None:
+    """A plugin's own kind of `GiftError` comes out of enabling as it is, with the place in its text, or as a note."""
+
+    def act(*site: Any) -> None:
+        raise kind(site[2], tuple(site[4].weight.shape))
+
+    model = mlp()
+    before = fingerprint(model)
+
+    with pytest.raises(kind) as caught:
+        enable_fine_tuning(model, FineTuningStrategy([(is_instance(nn.Linear), act)]))
+
+    assert caught.value.sides == (8, 4)
+    assert "at '0' (Linear)" in "".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("strategy", [DELTA, FullFineTuningStrategy(targets="2")], ids=["adapted", "kept"])
+def test_a_model_enabled_in_inference_mode_trains(strategy: FineTuningStrategy, tmp_path: Path) -> None:
+    """Enabling, adding to a set and loading a file within inference mode make tensors that train outside of it."""
+    model, source, loaded, several = mlp(), mlp(), mlp(), mlp()
+    enable_fine_tuning(source, LoRALinearFineTuningStrategy(rank=2))
+    save_adapter(source, tmp_path / "adapter")
+    adapters = AdapterSet(several)
+
+    with torch.inference_mode():
+        enable_fine_tuning(model, strategy)
+        load_adapter(loaded, tmp_path / "adapter")
+        adapters.add("a", strategy)
+        adapters.use("a")
+
+    for one in (model, loaded, several):
+        before = [parameter.detach().clone() for parameter in one.parameters()]
+        train(one, input_for(mlp))
+        assert not any(torch.equal(old, new) for old, new in zip(before, one.parameters(), strict=True))
+        disable_fine_tuning(one)
+        assert all(torch.equal(value, mlp().state_dict()[key]) for key, value in one.state_dict().items())
