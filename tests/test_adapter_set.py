@@ -95,6 +95,25 @@ class Beside(nn.Module):
         return self.norm(self.inner(x))
 
 
+class Waves(nn.Module):
+    """Two complex layers, of which real numbers go in and come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6, dtype=torch.complex64)
+        self.second = nn.Linear(6, 3, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(torch.complex(x, x.tanh()))).abs()
+
+
+def waves() -> nn.Module:
+    """A model whose parameters are complex, with the same values every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Waves()
+
+
 def shut(*site: Any) -> None:
     """An action that takes a child out of its parent, and changes its parent's mode."""
     site[0].training = False
@@ -150,7 +169,7 @@ def trained(builder: Builder) -> tuple[AdapterSet, Tensor, dict[str, Tensor]]:
 # --- each as if it were alone
 
 
-@pytest.mark.parametrize("builder", ALL)
+@pytest.mark.parametrize("builder", [*ALL, waves])
 def test_each_adapter_computes_as_if_alone(builder: Builder) -> None:
     """An adapter trained and used in a set gives, bit for bit, what it gives on a model of its own, in any order of switches."""
     adapters, x, expected = trained(builder)
@@ -162,7 +181,7 @@ def test_each_adapter_computes_as_if_alone(builder: Builder) -> None:
         assert name is None or torch.equal(adapters.model(x), expected[name])
 
 
-@pytest.mark.parametrize("builder", ALL)
+@pytest.mark.parametrize("builder", [*ALL, waves])
 def test_none_is_the_base(builder: Builder) -> None:
     """With no adapter in use the model is the base: objects, classes, flags, keys in order and every bit, after training others."""
     before = fingerprint(model := builder())

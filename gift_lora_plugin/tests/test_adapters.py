@@ -154,6 +154,20 @@ def test_complex_factors_are_combined_and_have_no_sign() -> None:
     adapters.combine({"a": 0.7, "b": 0.3}, "linear")
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+def test_complex_adapters_are_switched_and_moved(use_dora: bool) -> None:
+    """Complex adapters, with real magnitudes too, give what they gave after the model went to another precision without them."""
+    adapters, x = build("complex", torch.float32, use_dora=use_dora)
+    expected = {name: adapters.use(name)(x).detach() for name in ("a", "b", None, "a")}
+    adapters.use(None)
+    adapters.model._apply(lambda tensor: in_precision(tensor, torch.float64))
+
+    for name in ("a", "b", None, "a"):
+        model = adapters.use(name)
+        assert {tensor.dtype.to_real() for tensor in model.state_dict().values()} == {torch.float64}
+        torch.testing.assert_close(model(in_precision(x, torch.float64)), expected[name].to(torch.complex128), rtol=1e-5, atol=1e-5)
+
+
 def test_a_combination_without_a_name_is_named_after_its_parts() -> None:
     """The name tells the method and the adapters; a second one of that name is refused before anything is combined."""
     adapters, x = build()
@@ -167,6 +181,29 @@ def test_a_combination_without_a_name_is_named_after_its_parts() -> None:
     assert torch.equal(adapters.use("cat-a-b")(x), expected)
     with pytest.raises(AdapterNameError, match="'cat-a-b' already: choose another name"):
         adapters.combine({"a": 1.0, "b": 1.0}, method="cat")
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+def test_switching_a_compiled_convolution_does_not_recompile(use_dora: bool) -> None:
+    """Convolutions and linear layers, with DoRA too, are switched without a recompilation, and compute with the right adapter."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(64, 5)), torch.randn(2, 3, 4, 4)
+    adapters = LoRAAdapterSet(model)
+    for name in ("a", "b", "c"):
+        adapters.add(name, LoRAAllFineTuningStrategy(rank=2, use_dora=use_dora))
+        scramble(adapters, name)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    adapters.use("a")
+    compiled(x)
+    torch._dynamo.config.error_on_recompile, was = True, torch._dynamo.config.error_on_recompile
+    try:
+        for name in ("b", "c", "a"):
+            expected = adapters.use(name)(x)
+            torch.testing.assert_close(compiled(x), expected)
+    finally:
+        torch._dynamo.config.error_on_recompile = was
+        torch._dynamo.reset()
 
 
 def test_ranks_that_differ_by_layer(tmp_path: Path) -> None:

@@ -151,6 +151,20 @@ def test_every_way_gives_the_same_numbers(name, dtype, tolerance):
         assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", SIZES)
+def test_an_empty_batch(name, dropout):
+    """Of no samples every way gives none, and gradients that are zero in the shapes of the factors."""
+    layer, (input, *factors) = of_size(name, torch.float32)
+    empty = input.detach()[:0].requires_grad_()
+
+    got = with_gradients(tuned(layer, empty, *factors, dropout=dropout), (empty, *factors))
+
+    assert torch.equal(got[0], layer(empty))
+    assert [gradient.shape for gradient in got[1:]] == [empty.shape, *(factor.shape for factor in factors)]
+    assert not any(gradient.any() for gradient in got[1:])
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_gradients_of_gradients(name):
     """The backward pass can be differentiated again, whichever way was taken."""

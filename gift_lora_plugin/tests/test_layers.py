@@ -131,6 +131,9 @@ CASES = {
     "attention k, out": Case(lambda: MHA(8, 2), SELF, {"attention": ["out", "k"]}),
     "attention out": Case(lambda: MHA(8, 2), SELF, {"attention": ("out",)}),
     "cross attention": Case(lambda: MHA(8, 2, kdim=6, vdim=10), CROSS),
+    "cross attention batch first": Case(
+        lambda: MHA(8, 2, kdim=6, vdim=10, batch_first=True), several((3, 4, 8), (3, 5, 6), (3, 5, 10))
+    ),
     "cross attention k": Case(lambda: MHA(8, 2, kdim=6, vdim=10), CROSS, {"attention": ("k",)}),
     "encoder": Case(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True), 2), floats(3, 4, 8)),
     "rnn": Case(lambda: nn.RNN(4, 5, 2, nonlinearity="relu", batch_first=True), floats(3, 6, 4)),
@@ -138,6 +141,8 @@ CASES = {
     "lstm": Case(lambda: LSTM(4, 5, 2, bidirectional=True, bias=False), floats(6, 3, 4)),
     "lstm projected": Case(lambda: LSTM(4, 5, 2, proj_size=3), floats(6, 3, 4)),
     "lstm packed": Case(lambda: LSTM(4, 5, 2), packed),
+    "lstm packed, both directions": Case(lambda: LSTM(4, 5, 2, bidirectional=True), packed),
+    "gru packed, both directions": Case(lambda: nn.GRU(4, 5, bidirectional=True), packed),
     "lstm cell": Case(lambda: nn.LSTMCell(4, 5), floats(3, 4)),
     "gru cell": Case(lambda: nn.GRUCell(4, 5), floats(3, 4)),
     "rnn cell": Case(lambda: nn.RNNCell(4, 5), floats(3, 4)),
@@ -386,6 +391,29 @@ def test_dropout_that_has_no_place_is_refused_by_name(build: Callable[[], nn.Mod
 
     assert plan_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1, lora_dropout=0.1, exclude="1")).actions
     assert len(plan_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1, lora_dropout=0.1, dropout_pattern={"1": 0})).actions) > 1
+
+
+def test_dora_on_a_part_of_attention() -> None:
+    """With DoRA on q and v each output of these has a magnitude, and k stays the frozen rows, bit for bit."""
+    case = Case(lambda: MHA(8, 2), SELF, {"attention": ("q", "v"), "use_dora": True})
+    plain, model = tuned(case)
+    own = {name.removeprefix("in_proj_weight_"): value for name, value in adapter_of(model).items()}
+    inputs, weight = SELF(torch.float64), plain.in_proj_weight.detach()
+    own["lora_magnitude"].data.abs_()
+
+    q, k, v = weight.chunk(3)  # type: ignore[operator]
+    directions = [W + 1.5 * B @ A for W, B, A in zip((q, v), own["lora_B"], own["lora_A"], strict=True)]
+    q, v = (
+        m[:, None] * V / V.norm(dim=1, keepdim=True).detach() for m, V in zip(own["lora_magnitude"].chunk(2), directions, strict=True)
+    )
+    weights = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    expected = run(plain, inputs, weights | {"in_proj_weight": torch.cat([q, k, v])})
+    answers = run(model, inputs)
+
+    close(answers, expected, torch.float64)
+    assert torch.equal(model.in_proj_weight[8:16], k)  # type: ignore[index]
+    gradients = [torch.autograd.grad(sum(part.sin().sum() for part in parts), own.values()) for parts in (answers, expected)]
+    close(*map(list, gradients), torch.float64)
 
 
 # --- embeddings, alone and tied
