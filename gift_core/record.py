@@ -86,7 +86,8 @@ class Tuning:
         has_originals: False when ``keep_originals=False`` left the values of kept parameters out.
         merged: whether weights are merged. ``paused``: whether `tuning_disabled` is active. ``full``: whether state dicts hold all.
         provider: distribution and version of the strategy's plugin, once a save has looked them up; None before.
-        governor: a weak reference to the set of adapters that this one belongs to. A copy or pickle of the model belongs to none.
+        governor: a weak reference to the set of adapters that this one belongs to. A copy or pickle of the model belongs to none,
+            and is within no context.
     """
 
     config: dict[str, Any] | None
@@ -114,7 +115,7 @@ class Tuning:
         return self.governor and self.governor()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"governor": None}
+        return self.__dict__ | {"governor": None, "paused": False, "full": False}  # a copy leaves these contexts behind
 
 
 class Governor(Protocol):

@@ -80,8 +80,7 @@ class Reparameterization(_Mixin):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # a generated class cannot be found by name: name the classes it is made of instead
-        cls = type(self)
-        return _rebuild, (cls._original_class, cls._adoptions, cls._is_merged), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, class_parts(type(self)), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def adopt(module: nn.Module, method: type[Reparameterization], names: Iterable[str] = ("weight",), **params: Any) -> None:
@@ -216,6 +215,17 @@ def effective_weight(module: nn.Module, name: str) -> Tensor:
 
 
 # --- generated classes
+
+
+def class_parts(cls: type[nn.Module]) -> Any:
+    """A class in a form that can be pickled: a generated one as what it is made of, another as it is."""
+    return (cls._original_class, cls._adoptions, cls._is_merged) if issubclass(cls, Reparameterization) else cls
+
+
+def class_from(parts: Any) -> type[nn.Module]:
+    """The class that `class_parts` took apart."""
+    cls: type[nn.Module] = _adopted_class(*parts) if isinstance(parts, tuple) else parts
+    return cls
 
 
 def _rebuild(original: type[nn.Module], adoptions: Adoptions, merged: bool) -> nn.Module:

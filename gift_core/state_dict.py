@@ -218,7 +218,8 @@ def _untrainable(key: str, value: Tensor, own: Tensor) -> str | None:
 def full_state_dict(module: nn.Module) -> Iterator[nn.Module]:
     """Within the context, ``state_dict()`` holds everything: the frozen base, under its own keys, and the adapter.
 
-    For tools that need a complete checkpoint (some trainers, exporters). Such a checkpoint loads at any time.
+    For tools that need a complete checkpoint (some trainers, exporters). Such a checkpoint loads at any time. A copy of the model
+    is not in the context.
 
     Raises:
         StateError: if the model is not tuned.

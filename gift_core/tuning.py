@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gift_core.caps import describe
+from gift_core.copies import copy_as_tuned, exchange_values
 from gift_core.distributed import is_sharded, write_whole
 from gift_core.errors import ActionError, GiftError, GiftWarning, ModelError, NoMatchError, SiteError, StateError
 from gift_core.factories import site_name, writes_no_value
@@ -157,7 +158,7 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
 def tuning_disabled(module: nn.Module) -> Iterator[nn.Module]:
     """Within the context, the model computes what the base model computes.
 
-    The trained values come back when the context ends, also after an error.
+    The trained values come back when the context ends, also after an error. A copy or a pickle made within is of the tuned model.
 
     Raises:
         StateError: if the model is not tuned, or its original values were not kept.
@@ -188,6 +189,7 @@ def _pause(module: nn.Module) -> tuple[Tuning, Snapshot]:
     undo(tuning.changes)
     refresh_caches(root)
     exchange_values(tuning)
+    copy_as_tuned(root, tuned)
     tuning.paused = True
     return tuning, tuned
 
@@ -198,15 +200,6 @@ def restore_values(tuning: Tuning) -> None:
         for original in tuning.originals:
             if (tensor := original.current()) is not None:
                 write_whole(tensor, original.value)
-
-
-def exchange_values(tuning: Tuning) -> None:
-    """Swap the current values with the originals: pointers move, data does not."""
-    for original in tuning.originals:
-        if (tensor := original.current()) is not None:
-            value = tensor.data
-            tensor.data = original.value.to(tensor.device, tensor.dtype)
-            original.value = value
 
 
 class TrainableParameters:

@@ -396,6 +396,16 @@ def test_full_state_dict_ends_after_an_error() -> None:
     assert set(model.state_dict()) == trained_keys(model) | STATISTICS
 
 
+def test_a_copy_is_not_within_the_context() -> None:
+    """A copy or a pickle of a model whose full state dict is asked for gives the trained part."""
+    model = tuned()
+
+    with full_state_dict(model):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+
+    assert all(list(one.state_dict()) == list(model.state_dict()) for one in copies)
+
+
 def test_full_state_dict_of_a_plain_model() -> None:
     """Asking a plain model for its full state dict is an error that says what to call."""
     with pytest.raises(StateError, match="enable_fine_tuning"), full_state_dict(cnn()):

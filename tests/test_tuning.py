@@ -1029,6 +1029,67 @@ def test_the_effective_weight_is_the_formula() -> None:
     assert torch.equal(model(inputs), torch.func.functional_call(oracle, state, (inputs,)))
 
 
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _in_another(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(nn.Sequential(model))[0]
+
+
+@every_model
+@pytest.mark.parametrize(("strategy", "is_merged"), [("every parameter", True), ("both", False)])
+@pytest.mark.parametrize("way", [copy.deepcopy, _pickled, _saved, _in_another], ids=lambda way: way.__name__)
+@torch.no_grad()
+def test_a_copy_made_while_the_base_computes_is_tuned(
+    build: Builder, strategy: str, is_merged: bool, way: Callable[[Any], Any]
+) -> None:
+    """A copy or a pickle made within `tuning_disabled` is of the tuned model; the model itself goes on as the base."""
+    model, inputs = build(), input_for(build)
+    with torch.enable_grad():
+        enable_fine_tuning(model, STRATEGIES[strategy])
+        train(model, inputs)
+    model.eval()
+    if is_merged:
+        merge(model)
+    expected, state = model(inputs), model.state_dict()
+    before = fingerprint(model)
+
+    with tuning_disabled(model):
+        base = model(inputs)
+        twin = way(model)
+        assert torch.equal(model(inputs), base)
+
+    assert fingerprint(model) == before
+    assert torch.equal(twin(inputs), expected)
+    assert list(twin.state_dict()) == list(state)
+    assert all(torch.equal(twin.state_dict()[key], value) for key, value in state.items())
+    assert twin.parameters.module is twin
+    disable_fine_tuning(twin)
+    assert all(torch.equal(value, build().state_dict()[key]) for key, value in twin.state_dict().items())
+    assert fingerprint(model) == before
+
+
+def test_a_shallow_copy_leaves_the_model_alone() -> None:
+    """A shallow copy made within `tuning_disabled` shares the model's modules, and changes none of them."""
+    model = mlp()
+    enable_fine_tuning(model, DELTA)
+    before = fingerprint(model)
+
+    with tuning_disabled(model):
+        copy.copy(model)
+        assert type(model[0]) is nn.Linear
+
+    assert fingerprint(model) == before
+
+
 class TooSmall(SiteError):
     """An error of a plugin's, with a constructor of its own."""
 
