@@ -26,7 +26,7 @@ _HOME = {
     "plan": ("TuningPlan", "plan_fine_tuning"),
     "plugins": ("isolated_plugins", "plugin_settings", "register_plugin", "register_strategy"),
     "plugins.hooks": ("hookimpl",),
-    "reading": ("open_regular",),
+    "reading": ("as_path", "open_regular"),
     "reparameterization": ("Reparameterization", "adopt", "adopted_weight"),
     "state_dict": ("full_state_dict",),
     "strategy": ("FineTuningStrategy", "FullFineTuningStrategy", "merge_strategies", "strategy_from_config"),
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from gift_core.plan import TuningPlan, plan_fine_tuning
     from gift_core.plugins import isolated_plugins, plugin_settings, register_plugin, register_strategy
     from gift_core.plugins.hooks import hookimpl
-    from gift_core.reading import open_regular
+    from gift_core.reading import as_path, open_regular
     from gift_core.reparameterization import Reparameterization, adopt, adopted_weight
     from gift_core.state_dict import full_state_dict
     from gift_core.strategy import FineTuningStrategy, FullFineTuningStrategy, merge_strategies, strategy_from_config
@@ -78,6 +78,7 @@ __all__ = [
     "__version__",
     "adopt",
     "adopted_weight",
+    "as_path",
     "atomic_path",
     "check_optimizer",
     "collect_trainable_parameters",

@@ -52,6 +52,9 @@ from gift_core.state_dict import moved_buffers
 from gift_core.strategy import FineTuningStrategy, strategy_from_config
 from gift_core.tuning import disable_fine_tuning, enable_fine_tuning
 
+#: The end of what is said of a file that does not fit.
+_FITS = "\nLoad it into a plain base model, or into one that is tuned as the file says."
+
 #: So many bytes of tensors are looked at in one step: what fits into a processor's cache.
 _STRETCH = 2**19
 
@@ -318,7 +321,7 @@ def _as_data(config: Any) -> dict[str, Any] | None:
         return None
     if not is_config(config):
         raise StrategyError(
-            f"not saved: the strategy's to_config gives {config!r}; it must have a text under 'name' and a dict under 'parameters'."
+            f"not saved: the strategy's to_config gives {config!r}; return a text under 'name' and a dict under 'parameters'."
         )
     try:
         return json.loads(json.dumps(config))  # type: ignore[no-any-return]
@@ -402,7 +405,8 @@ def _load_into(root: nn.Module, peers: Peers, info: AdapterInfo, payload: Payloa
 
 def _refuse_misfit(path: str, problems: list[str]) -> None:
     if problems:
-        raise AdapterMismatchError(f"{path} does not fit this model; nothing was loaded.\n  " + "\n  ".join(map(printable, problems)))
+        listed = "\n  ".join(map(printable, problems))
+        raise AdapterMismatchError(f"{path} does not fit this model; nothing was loaded.\n  {listed}{_FITS}")
 
 
 def _mismatches(root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, payload: Payload) -> list[str]:

@@ -228,7 +228,7 @@ def _entries(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     at = 0
     for key, tensor in tensors.items():
         if tensor.dtype not in _NAMES or key == "__metadata__":
-            raise AdapterFileError(f"not saved: a safetensors file has no place for {key!r} ({tensor.dtype}).")
+            raise AdapterFileError(f"not saved: a safetensors file has no place for {key!r} ({tensor.dtype}): convert or exclude it.")
         end = at + tensor.numel() * tensor.dtype.itemsize
         found[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
@@ -318,14 +318,14 @@ def _memory_of(file: Path) -> Tensor:
     except FileNotFoundError as error:
         raise AdapterNotFoundError(f"there is no adapter file at {file}: check the path.") from error
     except (OSError, RuntimeError) as error:  # no regular file, one larger than the memory
-        raise AdapterFileError(f"{file} cannot be read: {error}.") from error
+        raise AdapterFileError(f"{file} cannot be read: {error}. Name an adapter file.") from error
 
 
 def _header_length(data: memoryview, file: Path) -> int:
     if len(data) < 8 or not 2 <= (length := int.from_bytes(data[:8], "little")) <= len(data) - 8:
         raise AdapterFileError(f"{file} is truncated or no safetensors file ({len(data)} bytes): get a fresh copy.")
     if length > MAX_DESCRIPTION_BYTES:
-        raise AdapterFileError(f"{file} describes itself in {length:,} bytes; {MAX_DESCRIPTION_BYTES:,} are allowed.")
+        raise AdapterFileError(f"{file} describes itself in {length:,} bytes; {MAX_DESCRIPTION_BYTES:,} are allowed: get a fresh copy.")
     return length
 
 
@@ -333,7 +333,9 @@ def _json(text: Any, file: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, TypeError, RecursionError) as error:
-        raise AdapterFileError(f"{file}: its description cannot be read ({type(error).__name__}: {error}).") from error
+        raise AdapterFileError(
+            f"{file}: its description cannot be read ({type(error).__name__}: {error}). Get a fresh copy."
+        ) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -345,7 +347,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_description(described: Any, file: Path, version: int, further: Mapping[str, _Kind]) -> None:
     if not isinstance(described, dict):
-        raise AdapterFileError(f"{file}: the adapter's description is no JSON object.")
+        raise AdapterFileError(f"{file}: the adapter's description is no JSON object: get a fresh copy.")
     found = described.get("format_version")
     if type(found) is not int or found != version:
         raise AdapterFileError(f"{file} has format version {found!r}, this gift-core reads 1 and {FORMAT_VERSION}: upgrade gift-core.")
@@ -404,7 +406,7 @@ def _decode_v1(data: bytes, length: int, file: Path) -> tuple[AdapterInfo, Paylo
         raise AdapterFileError(f"{file} is corrupted: its content does not give the digest written in it. Get a fresh copy.")
     listed = {key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for key, tensor in tensors.items()}
     if listed != described.get("tensors"):
-        raise AdapterFileError(f"{file} is corrupted: its tensors are not those that its description lists.")
+        raise AdapterFileError(f"{file} is corrupted: its tensors are not those that its description lists. Get a fresh copy.")
     kept = {key: described[key] for key in (field.name for field in dataclasses.fields(AdapterInfo)) if key in described}
     info = AdapterInfo(**kept | {"base_digest": None, "file_bytes": len(data)})
     return info, Payload(tensors, [tensor.reshape(-1) for tensor in tensors.values()])
@@ -414,7 +416,7 @@ def _description_v1(text: bytes, file: Path) -> dict[str, Any]:
     header = _json(text, file)
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or FORMAT not in metadata:
-        raise AdapterFileError(f"{file} is no GIFt adapter: it has no {FORMAT!r} metadata. GIFt reads what save_adapter wrote.")
+        raise AdapterFileError(f"{file} is no GIFt adapter: it has no {FORMAT!r} metadata. Pass a file that save_adapter wrote.")
     described = _json(metadata[FORMAT], file)
     # the digest covers what the text means; other spellings of the same, as in 1e-05 and 1E-05, are damage too
     if metadata != {"format": "pt", FORMAT: json.dumps(described)}:

@@ -403,7 +403,9 @@ class AdapterSet:
     def _take_over(self, name: str | None) -> None:
         tuning = tuning_of(tuned_root(self._model))
         if name is None:
-            raise StateError('the model is tuned already: AdapterSet(model, "a name") makes its adapter the first of the set.')
+            raise StateError(
+                'the model is tuned already: call AdapterSet(model, "a name"), which makes its adapter the first of the set.'
+            )
         self._refuse_name(name)
         if tuning.governed_by() is not None:
             raise StateError("the model belongs to a set of adapters already: use that one, or release() it first.")

@@ -52,7 +52,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     except AdapterWriteError:
         raise  # it speaks of another file, written inside of the block
     except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterWriteError(f"{target} could not be written: {error}. What was there is intact.") from error
+        raise AdapterWriteError(
+            f"{target} could not be written: {error}. What was there is intact: free the place, or choose another."
+        ) from error
     finally:
         if folder is not None:
             _remove(folder)

@@ -85,17 +85,19 @@ class Check:
         if not readable or config["check"] not in _TESTS:
             raise StrategyError(f"{config!r} describes no check; known: {', '.join(sorted(_TESTS))}.")
         if extra := set(config) - {"check", "arguments", "optional"}:
-            raise StrategyError(f"a check has no {sorted(extra)[0]!r}: it takes check, arguments and optional.")
+            raise StrategyError(f"a check has no {sorted(extra)[0]!r}: give it check, arguments and optional alone.")
         kind, arguments = config["check"], config["arguments"]
         if kind in ("and", "or", "not"):
             if len(arguments) != (1 if kind == "not" else 2):
-                raise StrategyError(f"{config!r} describes no check: 'not' takes one check, 'and' and 'or' take two.")
+                raise StrategyError(f"{config!r} describes no check: give 'not' one check, 'and' and 'or' two.")
             return cls(kind, tuple(cls.from_config(part) for part in arguments))
         optional = {"optional": True} if config.get("optional") else {}
         try:
             inspect.signature(_FACTORIES[kind]).bind(*arguments, **optional)
         except TypeError as error:
-            raise StrategyError(f"{config!r} describes no check: {kind} has {error}.") from error
+            raise StrategyError(
+                f"{config!r} describes no check: {kind} has {error}. Give it what gift_core.factories.{kind} takes."
+            ) from error
         return _FACTORIES[kind](*arguments, **optional)
 
     def naming_parts(self, negated: bool = False) -> Iterator[tuple[Check, bool]]:
@@ -325,14 +327,14 @@ class _ReplaceModule:
         parent, name, module = site[0], site[1], site[4]
         new = self.replacement(module, **params)
         if not isinstance(new, nn.Module):
-            raise SiteError(f"{describe(self.replacement)} gave {type(new).__name__}, not a module.")
+            raise SiteError(f"{describe(self.replacement)} gave {type(new).__name__}, not a module: return one.")
         setattr(parent, name, new)
 
     def examine(self, *site: Any, **params: Any) -> str | None:
         if site[0] is None:
             raise SiteError("the root cannot be replaced, because nobody holds it: put it in a parent, or match its children.")
         if len(site) != 5:
-            raise SiteError("replace_module belongs to a module cap, this is a parameter cap.")
+            raise SiteError("replace_module belongs to a module cap, this is a parameter cap: move it there.")
         return None
 
     def __repr__(self) -> str:

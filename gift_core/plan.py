@@ -198,7 +198,10 @@ class _Walk:
         if not self.actions:
             asked = "; ".join(repr(cap) for _, cap, _ in self.matches.values()) or "it has no caps"
             kinds = ", ".join(sorted({site.class_name for site in _every_site(self.root) if isinstance(site, ModuleSite)}))
-            raise NoMatchError(f"{self.strategy!r} matches nothing in {type(self.root).__name__} ({asked}). The model has: {kinds}.")
+            raise NoMatchError(
+                f"{self.strategy!r} matches nothing in {type(self.root).__name__} ({asked}). The model has: {kinds}. "
+                "Choose a strategy for these."
+            )
 
     def _explain(self, part: Check, every: list[Site]) -> str:
         text = ", ".join(str(argument) for argument in part.arguments)
@@ -217,7 +220,7 @@ class _Walk:
             return f"{site_name(*site)} belongs to {holder or 'the root'!r}, which an earlier cap took"
         alias = next((pair for pair in self.shared if pair.startswith(f"{site.full_name} = ")), None)
         return (
-            f"{site_name(*site)} is another name ({alias})"
+            f"{site_name(*site)} is another name ({alias}), so name that one"
             if alias
             else f"{site_name(*site)} is of no kind that it adapts, so leave it out"
         )
@@ -337,4 +340,4 @@ def _nearest(text: str, names: list[str]) -> str:
     if not close:
         last = {name.rpartition(".")[2]: name for name in names}
         close = [last[found] for found in difflib.get_close_matches(plain.rpartition(".")[2], list(last), n=3, cutoff=0.5)]
-    return f"Did you mean {', '.join(close)}?" if close else f"Names look like {', '.join(name for name in names[1:4])}."
+    return f"Did you mean {', '.join(close)}?" if close else f"Choose from names such as {', '.join(name for name in names[1:4])}."

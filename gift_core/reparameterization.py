@@ -118,7 +118,7 @@ def adoptable_parameter(module: nn.Module, name: str) -> nn.Parameter:
     if isinstance(module, torch.jit.ScriptModule):
         raise SiteError("it is scripted: adapt the layer itself, then torch.jit.script what merge_and_unload(model) gives.")
     if name in dict(adoptions_of(module)):
-        raise SiteError(f"its {name!r} is adapted already: each weight takes one method.")
+        raise SiteError(f"its {name!r} is adapted already: each weight takes one method, so leave it out.")
     weight = module._parameters.get(name)
     if weight is None:
         if hasattr(nn.utils, "parametrize") and nn.utils.parametrize.is_parametrized(module, name):
@@ -322,9 +322,13 @@ def _compute(method: type[Reparameterization], owner: Any, frozen: Tensor, name:
             weight = method.reparameterize(owner, frozen)
     except AttributeError as error:
         # nn.Module would answer an AttributeError from a property with the frozen parameter, silently
-        raise SiteError(f"{method.__name__}.reparameterize failed on {name!r}: {error}") from error
+        raise SiteError(
+            f"{method.__name__}.reparameterize failed on {name!r}: {error}. Set in init_parameters what it reads."
+        ) from error
     if weight.shape != frozen.shape:
-        raise SiteError(f"{method.__name__}.reparameterize gave {tuple(weight.shape)} for {name!r} of {tuple(frozen.shape)}.")
+        raise SiteError(
+            f"{method.__name__}.reparameterize gave {tuple(weight.shape)} for {name!r} of {tuple(frozen.shape)}: return that shape."
+        )
     return weight if weight.dtype == frozen.dtype else weight.to(frozen.dtype)
 
 

@@ -77,7 +77,8 @@ def derive_names(folder: Path, distribution: str | None = None, package: str | N
         distribution = _distribution_for(folder)
     if not _DISTRIBUTION.fullmatch(distribution):
         raise ScaffoldError(
-            f"{distribution!r} is no valid distribution name: ASCII letters, digits, '.', '_' and '-', a letter or digit at both ends."
+            f"{distribution!r} is no valid distribution name: ASCII letters, digits, '.', '_' and '-', a letter or digit at both ends. "
+            "Choose another with --name."
         )
     slug = _slug(distribution)
     package = slug.replace("-", "_") if package is None else package
@@ -117,7 +118,7 @@ def create_project(target: Path, names: Names, kind: str = KINDS[0]) -> list[Pat
             _write(Path(temporary) / "project", files)
             (Path(temporary) / "project").rename(target)
     except OSError as error:
-        raise ScaffoldError(f"{target} cannot be made: {error}.") from error
+        raise ScaffoldError(f"{target} cannot be made: {error}. Choose another folder.") from error
     return sorted(Path(path) for path in files)
 
 

@@ -63,17 +63,19 @@ def _compile(pattern: str) -> Matcher:
     if make is None:
         return lambda name, module: fnmatchcase(name, pattern)
     if not rest:
-        raise PatternError(f"pattern {pattern!r} has nothing after the colon.")
+        raise PatternError(f"pattern {pattern!r} has nothing after the colon: write what it should match.")
     return make(rest)
 
 
 def _regex(text: str) -> Matcher:
     if len(text) > MAX_REGEX_LENGTH:
-        raise PatternError(f"a regular expression of {len(text)} characters is refused; {MAX_REGEX_LENGTH} are allowed.")
+        raise PatternError(
+            f"a regular expression of {len(text)} characters is refused; {MAX_REGEX_LENGTH} are allowed: write a shorter one."
+        )
     try:
         compiled = re.compile(text)
     except re.error as error:
-        raise PatternError(f"pattern 're:{text}' is no regular expression: {error}.") from error
+        raise PatternError(f"pattern 're:{text}' is no regular expression: {error}. Correct it, or write a glob.") from error
     return lambda name, module: compiled.fullmatch(name) is not None
 
 

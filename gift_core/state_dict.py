@@ -405,7 +405,7 @@ def _refuse(problems: list[str]) -> None:
         raise StateDictError(
             "the state dict does not fit the tuned model; nothing was loaded.\n  "
             + "\n  ".join(map(printable, problems))
-            + "\nA tuned model takes its trained part, or a whole checkpoint of the original model."
+            + "\nLoad the trained part of such a model, or a whole checkpoint of the original one."
         )
 
 

@@ -123,7 +123,7 @@ class MergedFineTuningStrategy(FineTuningStrategy):
     def __init__(self, strategies: Iterable[FineTuningStrategy | Mapping[str, Any]]) -> None:
         parts = [part if isinstance(part, FineTuningStrategy) else strategy_from_config(part) for part in _listed(strategies)]
         if not parts:
-            raise StrategyError("merge_strategies needs at least one strategy, got none.")
+            raise StrategyError("merge_strategies needs at least one strategy, got none: pass one.")
         self._parameters = {"strategies": parts}
         super().__init__(
             module_caps=[cap for part in parts for cap in part.module_caps],
@@ -188,7 +188,9 @@ def strategy_from_config(config: Mapping[str, Any]) -> FineTuningStrategy:
         raise StrategyError(f"strategy {name!r}: {error}; its parameters are {allowed or 'none'}.") from error
     strategy = factory(**parameters)
     if not isinstance(strategy, FineTuningStrategy):
-        raise InvalidPluginError(f"strategy {name!r} gave {type(strategy).__name__}, not a FineTuningStrategy.", name=name)
+        raise InvalidPluginError(
+            f"strategy {name!r} gave {type(strategy).__name__}, not a FineTuningStrategy.", name=name, hint="Return a strategy."
+        )
     return strategy
 
 
@@ -222,4 +224,6 @@ def _json_value(key: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise StrategyError(f"parameter {key!r} is no plain JSON data: {value!r} ({error}).") from error
+        raise StrategyError(
+            f"parameter {key!r} is no plain JSON data: {value!r} ({error}). Give text, numbers, truth values, lists or tables."
+        ) from error

@@ -76,7 +76,7 @@ def parse_check(expression: str) -> Callable[..., bool]:
         StrategyError: if it is anything else, or names no check; the message has the part and the nearest names.
     """
     if not isinstance(expression, str) or len(expression) > MAX_EXPRESSION_LENGTH:
-        raise StrategyError(f"a check is text of at most {MAX_EXPRESSION_LENGTH} characters, as in 'name_is(\"head\")'.")
+        raise StrategyError(f"write a check as text of at most {MAX_EXPRESSION_LENGTH} characters, as in 'name_is(\"head\")'.")
     try:
         return _check(ast.parse(expression.strip(), mode="eval").body, expression.strip())
     except SyntaxError as error:
@@ -125,7 +125,7 @@ def _cap(cap: Any, kind: str, at: Place) -> Cap:
     if "check" not in cap:
         raise _At("the cap has no 'check': write check = 'everything()' to match all.", *at)
     if ("action" in cap) == ("strategy" in cap):
-        raise _At("a cap has an 'action' or a 'strategy', one of them.", *at)
+        raise _At("a cap has an 'action' or a 'strategy': write one of them.", *at)
     params = cap.get("params", {})
     _plain(params, (*at, "params"))
     check = _guard(lambda: parse_check(cap["check"]), (*at, "check"))
@@ -171,7 +171,9 @@ def _action(name: Any, params: Mapping[str, Any], arguments: int, at: Place) -> 
     try:
         inspect.signature(action).bind(*[None] * arguments, **params)
     except TypeError as error:
-        raise _At(f"action {name!r}: {error}.", *at, *(["params"] if params else ["action"])) from error
+        raise _At(
+            f"action {name!r}: {error}. Change what stands under 'params'.", *at, *(["params"] if params else ["action"])
+        ) from error
     return action
 
 
@@ -188,9 +190,7 @@ def _plain(params: Any, at: Place) -> None:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise _At(
-                f"{key!r} is {value!r}: a value is text, a number, a truth value, a list or a table of these.", *at, key
-            ) from error
+            raise _At(f"{key!r} is {value!r}: write text, a number, a truth value, a list or a table of these.", *at, key) from error
 
 
 def _guard(make: Callable[[], Callable[..., Any]], at: Place) -> Callable[..., Any]:
@@ -214,7 +214,7 @@ def _check(node: ast.expr, text: str) -> Callable[..., bool]:
             return _called(name, values, {_keyword(one, text): _constant(one.value, text) for one in keywords})
         case ast.Name(name):
             raise StrategyError(f"{name!r} is not called: write {name}().")
-    raise StrategyError(f'{_source(node, text)} is not allowed: a check has calls such as name_is("head"), joined by &, | and ~.')
+    raise StrategyError(f'{_source(node, text)} is not allowed: join calls such as name_is("head") by &, | and ~.')
 
 
 def _called(name: str, values: list[Any], keywords: dict[str, Any]) -> Callable[..., bool]:
@@ -242,7 +242,7 @@ def _constant(node: ast.expr, text: str) -> str | int | float | bool | None:
             return value
         case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)):
             return -value
-    raise StrategyError(f"{_source(node, text)} is not allowed: an argument is text, a number, True, False or None.")
+    raise StrategyError(f"{_source(node, text)} is not allowed: write text, a number, True, False or None.")
 
 
 def _source(node: ast.expr, text: str) -> str:
@@ -254,7 +254,7 @@ def _source(node: ast.expr, text: str) -> str:
 
 def _text(file: Path) -> str:
     if file.suffix not in SUFFIXES:
-        raise StrategyFileError(f"{file} is no strategy file: its name ends in {' or '.join(SUFFIXES)}.")
+        raise StrategyFileError(f"{file} is no strategy file: name one that ends in {' or '.join(SUFFIXES)}.")
     try:
         with open_regular(file) as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
@@ -262,22 +262,24 @@ def _text(file: Path) -> str:
     except FileNotFoundError as error:
         raise StrategyFileNotFoundError(f"there is no strategy file at {file}: check the path.") from error
     except (OSError, ValueError) as error:  # a ValueError is about the encoding
-        raise StrategyFileError(f"{file} cannot be read: {error}.") from error
+        raise StrategyFileError(f"{file} cannot be read: {error}. Name a text file in UTF-8.") from error
     if len(data) > MAX_FILE_BYTES:
-        raise StrategyFileError(f"{file} has more than {MAX_FILE_BYTES:,} bytes: no strategy is that long.")
+        raise StrategyFileError(f"{file} has more than {MAX_FILE_BYTES:,} bytes: make it shorter, no strategy is that long.")
     return text.replace("\r\n", "\n")
 
 
 def _toml(text: str, file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
     if deep := next((token for token in _TOKEN.finditer(text) if token["deep"]), None):
         number = text.count("\n", 0, deep.start()) + 1
-        raise StrategyFileError(f"{file}, line {number}: a key has more than {MAX_KEY_PARTS} parts: no strategy is that deep.")
+        raise StrategyFileError(
+            f"{file}, line {number}: a key has more than {MAX_KEY_PARTS} parts: nest it less, no strategy is that deep."
+        )
     try:
         return tomllib.loads(text), _toml_lines(text)
     except (ValueError, RecursionError) as error:  # not only TOML's own error: Python limits the digits of a number
         line = re.search(r"at line (\d+)", str(error))
         where = f", line {line[1] if line else len(text.splitlines())}"  # without a number it is the end
-        raise StrategyFileError(f"{file}{where}: it is no TOML: {error}.") from error
+        raise StrategyFileError(f"{file}{where}: it is no TOML: {error}. Correct that line.") from error
 
 
 def _json(text: str, file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
@@ -285,7 +287,7 @@ def _json(text: str, file: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         document, lines = json.loads(text, object_pairs_hook=_unique), _json_lines(text)
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise StrategyFileError(f"{file}{where}: it is no JSON: {error}.") from error
+        raise StrategyFileError(f"{file}{where}: it is no JSON: {error}. Correct it there.") from error
     if not isinstance(document, dict):
         raise StrategyFileError(f"{file}, line 1: a strategy is an object with caps, got {type(document).__name__}.")
     return document, lines

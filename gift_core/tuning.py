@@ -179,7 +179,9 @@ def _pause(module: nn.Module) -> tuple[Tuning, Snapshot]:
     root = tuned_root(module)
     tuning = tuning_of(root)
     if not tuning.has_originals:
-        raise StateError("the original values were not kept (keep_originals=False), so the base model cannot be computed.")
+        raise StateError(
+            "the original values were not kept (keep_originals=False), so the base model cannot be computed: load it again."
+        )
     if any(is_sharded(tensor) for original in tuning.originals if (tensor := original.current()) is not None):
         raise StateError("parameters of the base train and are sharded, so they cannot be exchanged: compute the base model on a copy.")
     tuned = take_snapshot(root)
@@ -407,7 +409,7 @@ def _tell_where(error: GiftError, text: str) -> None:
 def _refuse_conflicts(tuned: Inventory) -> None:
     for key, module, name, parameter in tuned.parameters:
         if parameter.requires_grad and is_adopted(module) and name in dict(adoptions_of(module)):
-            raise SiteError(f"{key} is adapted and trains itself as well: an action leaves what it adapts frozen.")
+            raise SiteError(f"{key} is adapted and trains itself as well: let the action leave what it adapts frozen.")
     if not any(parameter.requires_grad for _, _, _, parameter in tuned.parameters):
         raise NoMatchError(
             "nothing would train: the actions of the strategy left every parameter frozen. Let one keep what is to train."

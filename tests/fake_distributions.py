@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -14,12 +16,20 @@ _numbers = itertools.count()
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+def install(tmp_path: Path) -> Iterator[Install]:
     """Puts a made-up distribution on sys.path: ``install("dist", "name = module:attribute", module="source")``."""
-    folder = tmp_path / "site"
+    with installing(tmp_path) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def installing(place: Path) -> Iterator[Install]:
+    """The same as a context, for distributions in a folder ``site`` below ``place``."""
+    folder = place / "site"
     folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    before = set(sys.modules)
+    path, before = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
 
     def make(
         name: str | None,
@@ -40,7 +50,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
             (site / f"{module}.py").write_text(source)
         return info
 
-    yield make
-    for module in set(sys.modules) - before:
-        if str(getattr(sys.modules[module], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[module]
+    try:
+        yield make
+    finally:
+        sys.path[:] = path
+        for module in set(sys.modules) - before:
+            if str(getattr(sys.modules[module], "__file__", "")).startswith(str(place)):
+                del sys.modules[module]

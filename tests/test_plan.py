@@ -470,7 +470,7 @@ def test_a_name_of_parameters_alone_is_explained() -> None:
         ("decoder.projektion", "Did you mean encoder.layers.0.projection, "),
         ("of.a.wholly.different.and.far.longer.name.projektion", "Did you mean encoder.layers.0.projection?"),
         ("layers.0.projection", "write '*.layers.0.projection' (as in encoder.layers.0.projection)"),
-        ("zzz", "Names look like encoder, encoder.layers, encoder.layers.0."),
+        ("zzz", "Choose from names such as encoder, encoder.layers, encoder.layers.0."),
     ],
 )
 def test_the_nearest_name_is_told(target: str, says: str) -> None:

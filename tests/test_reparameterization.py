@@ -1026,3 +1026,13 @@ def test_what_a_user_set_on_a_layer_is_no_overwriting() -> None:
 
     with pytest.raises(SiteError, match="Greedy overwrites in_features of the layer"):
         adopt(layer, Greedy)
+
+
+def test_a_quantised_weight_is_handed_out_raw() -> None:
+    """A frozen weight that became whole numbers, as quantisation in place does it, is what the layer gives: no method can add to it."""
+    adopt(layer := nn.Linear(4, 3), Scale)
+    packed = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+
+    layer._parameters["weight"] = packed
+
+    assert layer.weight is packed

@@ -100,10 +100,12 @@ def _distribution_at(folder: Path) -> str:
     try:
         return str(tomllib.loads(file.read_text(encoding="utf-8"))["project"]["name"])
     except FileNotFoundError as error:
-        raise UnknownPluginError(f"there is no project at {folder}: it has no pyproject.toml.", name=str(folder)) from error
+        raise UnknownPluginError(
+            f"there is no project at {folder}: it has no pyproject.toml.", name=str(folder), hint="Name a folder with one."
+        ) from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         message = f"{file} states no project name ({type(error).__name__}: {error})."
-        raise InvalidPluginError(message, name=str(folder)) from error
+        raise InvalidPluginError(message, name=str(folder), hint='Write name = "..." under [project].') from error
 
 
 def _is_installed(distribution: str) -> bool:

@@ -118,7 +118,7 @@ def _from_file(path: Path) -> ModuleType:
         raise ModelNotFoundError(f"there is no file {str(path)!r}{_suggest(path.name, siblings)}")
     spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if spec is None or spec.loader is None:
-        raise ModelError(f"{str(path)!r} is no Python file: its name must end in .py.")
+        raise ModelError(f"{str(path)!r} is no Python file: name one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     # registered as an import would, since dataclasses and pickles look their module up; never over one that is there
     sys.modules.setdefault(path.stem, module)
@@ -133,7 +133,7 @@ def _from_file(path: Path) -> ModuleType:
 
 def _from_package(place: str) -> ModuleType:
     if not all(part.isidentifier() for part in place.split(".")):
-        raise ModelNotFoundError(f"{place!r} is no module name; MODEL is {FORMS}.")
+        raise ModelNotFoundError(f"{place!r} is no module name: write MODEL as {FORMS}.")
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
@@ -170,14 +170,14 @@ def _build(target: object, text: str) -> nn.Module:
     if isinstance(target, nn.Module):
         return target
     if not callable(target):
-        raise ModelError(f"{text} is {_kind(target)}: MODEL names a callable that takes no arguments and gives a torch.nn.Module.")
+        raise ModelError(f"{text} is {_kind(target)}: name a callable that takes no arguments and gives a torch.nn.Module.")
     _refuse_arguments(target, text)
     try:
         model = target()
     except (Exception, SystemExit) as error:
         raise _failure(f"calling {text}", error) from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{text} gave {_kind(model)}; MODEL names a callable that gives a torch.nn.Module.")
+        raise ModelError(f"{text} gave {_kind(model)}: name a callable that gives a torch.nn.Module.")
     return model
 
 

@@ -29,7 +29,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise StateDictError(f"{path} does not fit the model: {error}") from error
+        raise StateDictError(f"{path} does not fit the model: {error}\nLoad the weights of this very model.") from error
 
 
 def save_weights(model: nn.Module, path: Path, *, force: bool) -> int:
@@ -63,7 +63,7 @@ def refuse_overwriting(path: Path, force: bool) -> None:
 
 def _apart(key: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise StateDictError(f"{key!r} is of type {type(value).__name__}, and safetensors holds tensors only.")
+        raise StateDictError(f"{key!r} is of type {type(value).__name__}, and safetensors holds tensors only: save it apart.")
     # safetensors refuses tensors that share memory
     return value.detach().to("cpu", copy=True).contiguous()
 
@@ -72,7 +72,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise StateDictError(f"{path} cannot be read as safetensors: {error}.") from error
+        raise StateDictError(f"{path} cannot be read as safetensors: {error}. Get a fresh copy.") from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

@@ -142,7 +142,11 @@ def unregister_plugin(name: str) -> None:
         InvalidPluginError: if nothing is registered under the name.
     """
     if name not in _by_hand:
-        raise InvalidPluginError(f"no plugin named {name!r} is registered in this process.", name=name)
+        raise InvalidPluginError(
+            f"no plugin named {name!r} is registered in this process.",
+            name=name,
+            hint="Register it first: register_plugin(plugin, name).",
+        )
     del _by_hand[name]
 
 
@@ -249,14 +253,21 @@ class _Registry:
 
     def add(self, name: str, thing: Callable[..., Any]) -> None:
         where, known = subject(self.provider), fields(self.provider)
+        rename = "Choose another name in the plugin."
         if not isinstance(name, str) or not name.strip() or ":" in name:
-            raise InvalidPluginError(f"{where} registers a {self.kind} as {name!r}; a name is text without a colon.", **known)
+            raise InvalidPluginError(
+                f"{where} registers a {self.kind} as {name!r}; a name is text without a colon.", **known, hint=rename
+            )
         if not callable(thing):
-            raise InvalidPluginError(f"{where} registers the {self.kind} {name!r} as {thing!r}, which cannot be called.", **known)
+            raise InvalidPluginError(
+                f"{where} registers the {self.kind} {name!r} as {thing!r}, which cannot be called.",
+                **known,
+                hint="Register a function or a class.",
+            )
         if self.things.get(name, thing) is not thing:
-            raise PluginConflictError(f"{where} registers the {self.kind} {name!r} twice.", **known)
+            raise PluginConflictError(f"{where} registers the {self.kind} {name!r} twice.", **known, hint=rename)
         if (owner := self._owner(name)) is not None:
-            hint = f"The name keeps its meaning. {self.provider.distribution or 'The plugin'} should choose another."
+            hint = f"The name keeps its meaning. {rename}"
             raise PluginConflictError(f"{where} registers a {self.kind} {name!r}, a name of {owner}.", **known, hint=hint)
         self.things[name] = thing
 

@@ -41,7 +41,7 @@ def validate(plugin: object, provider: Provider) -> None:
             real one.
     """
     if isinstance(plugin, type):
-        raise _invalid(provider, f"names the class {plugin.__name__}", "A plugin is a module, or an instance of the class.")
+        raise _invalid(provider, f"names the class {plugin.__name__}", "Name a module, or an instance of the class.")
     try:
         _refuse_unmarked(plugin, provider)
         impls = _implementations(plugin)

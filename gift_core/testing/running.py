@@ -107,7 +107,7 @@ def checked_expectations(expected: Mapping[str, str] | None, models: Iterable[Re
             question = f"; did you mean {near[0]!r}?" if near else f": the checks are {', '.join(TABLE)}."
             raise StrategyError(f"expected_failures names {key!r}, which is no check{question}")
         if not isinstance(reason, str) or not reason.strip():
-            raise StrategyError(f"expected_failures[{key!r}] needs a reason in words, got {reason!r}.")
+            raise StrategyError(f"expected_failures[{key!r}] needs a reason in words, got {reason!r}: say why.")
     return dict(expected or {})
 
 

@@ -410,7 +410,7 @@ def test_the_base_model_may_be_a_path(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
 
     assert config["base_model_name_or_path"] == os.path.join("models", "base")
-    with pytest.raises(ParameterError, match="base_model is 3; it must be text"):
+    with pytest.raises(ParameterError, match=r"base_model must be text.*got 3"):
         export_peft(tuned, tmp_path / "other", base_model=3)  # type: ignore[arg-type]
     assert not (tmp_path / "other").exists()
 

@@ -238,7 +238,7 @@ def _check(weights: Mapping[str, float], method: str, rank: int | None, density:
     if method not in METHODS:
         raise ParameterError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     if not weights:
-        raise ParameterError('weights must name at least one adapter, as in {"a": 0.7, "b": 0.3}.')
+        raise ParameterError(f'weights must name at least one adapter, as in {{"a": 0.7, "b": 0.3}}, got {weights!r}.')
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ParameterError(f"the weight of {name!r} must be a finite number, got {weight!r}.")

@@ -88,12 +88,14 @@ def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConf
     """
     kind = data.get("peft_type")
     if kind != "LORA":
-        raise AdapterFormatError(f"peft_type is {kind!r}, and LORA alone can be read: there is no form for other methods.")
+        raise AdapterFormatError(
+            f"peft_type is {kind!r}, and LORA alone can be read: there is no form for other methods. Load it with PEFT."
+        )
     if wrong := _malformed(data):
-        raise AdapterFileError("the configuration is malformed.\n  " + as_lines(wrong))
+        raise AdapterFileError("the configuration is malformed; get a fresh copy.\n  " + as_lines(wrong))
     ignored = set(ignore)
     if reasons := _no_form(data, ignored):
-        raise AdapterFormatError("the configuration asks for what has no form here.\n  " + as_lines(reasons))
+        raise AdapterFormatError("the configuration asks for what has no form here; load it with PEFT.\n  " + as_lines(reasons))
     return PeftConfig(
         alpha=data.get("lora_alpha", 8),
         alpha_pattern=data.get("alpha_pattern") or {},
@@ -152,7 +154,9 @@ def alphas(config: PeftConfig, names: Sequence[str]) -> dict[str, float]:
         AdapterFormatError: if a key is another kind of regular expression, or there are many more keys than layers.
     """
     if len(config.alpha_pattern) > len(names) + MAX_PATTERN_LENGTH:
-        raise AdapterFormatError(f"alpha_pattern has {len(config.alpha_pattern):,} keys for {len(names):,} layers.")
+        raise AdapterFormatError(
+            f"alpha_pattern has {len(config.alpha_pattern):,} keys for {len(names):,} layers: leave out those that match none."
+        )
     keys = [_parsed(key) for key in config.alpha_pattern]
     values = list(config.alpha_pattern.values())
     by_text: dict[str, int] = {}
@@ -187,7 +191,9 @@ class _Key:
 
 def _parsed(key: str) -> _Key:
     if len(key) > MAX_PATTERN_LENGTH:
-        raise AdapterFormatError(f"a key of alpha_pattern has {len(key)} characters; {MAX_PATTERN_LENGTH} are allowed.")
+        raise AdapterFormatError(
+            f"a key of alpha_pattern has {len(key)} characters; {MAX_PATTERN_LENGTH} are allowed: write the names of layers."
+        )
     rest, anchored = key.removeprefix("^"), key.startswith("^")
     text: list[str] = []
     wild: set[int] = set()

@@ -67,14 +67,14 @@ def read_config_file(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_FILE
     with _opened(file) as handle:
         if (size := os.fstat(handle.fileno()).st_size) > MAX_CONFIG_BYTES:
-            raise AdapterFileError(f"{file} has {size:,} bytes; {MAX_CONFIG_BYTES:,} are allowed.")
+            raise AdapterFileError(f"{file} has {size:,} bytes; {MAX_CONFIG_BYTES:,} are allowed: get a fresh copy.")
         encoded = handle.read(size)
     try:
         data = json.loads(encoded.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{file} cannot be read as JSON ({type(error).__name__}: {error}): get a fresh copy.") from error
     if not isinstance(data, dict):
-        raise AdapterFileError(f"{file} holds no JSON object: it is no configuration of PEFT.")
+        raise AdapterFileError(f"{file} holds no JSON object: it is no configuration of PEFT. Get a fresh copy.")
     return data
 
 
@@ -93,7 +93,7 @@ def read_tensors_file(directory: Path) -> dict[str, Tensor]:
     with _opened(file) as handle:
         start = handle.read(8)
         if (length := int.from_bytes(start, "little")) > MAX_HEADER_BYTES:
-            raise AdapterFileError(f"{file} lists its tensors in {length:,} bytes; {MAX_HEADER_BYTES:,} are allowed.")
+            raise AdapterFileError(f"{file} lists its tensors in {length:,} bytes; {MAX_HEADER_BYTES:,} are allowed: get a fresh copy.")
         data = start + handle.read(os.fstat(handle.fileno()).st_size)
     try:
         return parse_tensors(data)
@@ -132,7 +132,7 @@ def _places(directory: Path) -> list[Path]:
     try:
         files = [Path(os.path.realpath(directory / name)) for name in (CONFIG_FILE, TENSORS_FILE)]
     except (OSError, ValueError) as error:
-        raise AdapterWriteError(f"{directory} cannot be written: {error}.") from error
+        raise AdapterWriteError(f"{directory} cannot be written: {error}. Choose another folder.") from error
     if files[0] == files[1]:
         raise AdapterWriteError(f"{directory}: {CONFIG_FILE} and {TENSORS_FILE} lead to one file, {files[0]}: remove one of the links.")
     return files
@@ -146,7 +146,7 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError as error:
         raise AdapterNotFoundError(f"there is no {file.name} in {file.parent}: name the folder that PEFT wrote.") from error
     except (OSError, MemoryError) as error:
-        raise AdapterFileError(f"{file} cannot be read: {error}.") from error
+        raise AdapterFileError(f"{file} cannot be read: {error}. Name the folder that PEFT wrote.") from error
 
 
 @contextlib.contextmanager
@@ -155,7 +155,7 @@ def _folder(directory: Path) -> Iterator[None]:
     try:
         directory.mkdir(exist_ok=True)
     except OSError as error:
-        raise AdapterWriteError(f"{directory} could not be made: {error}.") from error
+        raise AdapterWriteError(f"{directory} could not be made: {error}. Choose another folder.") from error
     try:
         yield
     except BaseException:
@@ -203,7 +203,9 @@ def _restore(files: Sequence[Path]) -> None:
             if os.path.lexists(old := _aside(file, ending)):
                 os.replace(old, file)
     except OSError as error:
-        raise AdapterWriteError(f"{files[0].parent}: an earlier pair of files could not be brought back: {error}.") from error
+        raise AdapterWriteError(
+            f"{files[0].parent}: an earlier pair of files could not be brought back: {error}. Move it back, or choose another folder."
+        ) from error
 
 
 def _aside(file: Path, ending: str) -> Path:

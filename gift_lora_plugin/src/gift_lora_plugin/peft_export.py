@@ -10,11 +10,11 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from gift_core import as_path
 from gift_core.errors import AdapterFormatError, GiftWarning, ParameterError
 from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.peft_config import alpha_for, config_data
@@ -73,6 +73,7 @@ def export_with_warnings(
     force: bool,
 ) -> tuple[Conversion, list[str]]:
     """`export_peft`, with those of its notes that deserve a warning, for a caller that shows the notes itself."""
+    folder = as_path(directory)
     base, task = _text("base_model", base_model), _text("task_type", task_type)
     with opened(source, model) as adapter:
         full = InFull.of(adapter)
@@ -91,7 +92,7 @@ def export_with_warnings(
         # the rank that PEFT sees: that of A, the first tensor, as it gets it
         ranks = {name: next(iter(found.values())).shape[0] for name, found in layers.items()}
         config = _config(adapter, ranks, full, base, task)
-        size = write_files(Path(directory), config, tensors, force=force)
+        size = write_files(folder, config, tensors, force=force)
         warned = list(_ties(adapter))
         return Conversion(len(layers), tuple(full.modules), full.bias, size, (*_notes(adapter), *warned)), warned
 
@@ -116,7 +117,7 @@ def _config(adapter: Adapter, ranks: Mapping[str, int], full: InFull, base_model
 def _text(name: str, value: object) -> str | None:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if text is not None and not isinstance(text, str):
-        raise ParameterError(f"{name} is {value!r}; it must be text, as it stands in PEFT's configuration, or None.")
+        raise ParameterError(f"{name} must be text, as it stands in PEFT's configuration, or None, got {value!r}.")
     return text
 
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from gift_core import (
     FineTuningStrategy,
     FullFineTuningStrategy,
     Reparameterization,
+    as_path,
     disable_fine_tuning,
     enable_fine_tuning,
     merge_strategies,
@@ -92,13 +92,17 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: It
     if any(isinstance(child, Reparameterization) for child in model.modules()):
         raise StateError(f"this {type(model).__name__} is tuned already: call disable_fine_tuning(model) first.")
     plan_fine_tuning(model, FullFineTuningStrategy())  # refuses what no strategy can tune
-    folder = Path(directory)
+    folder = as_path(directory)
     config = config_from(read_config_file(folder), ignore)
     tensors = read_tensors_file(folder)
     content = _sorted(_without_prefix(tensors), config, model)
     modules = dict(model.named_modules())
     if problems := [*content.problems, *_misfits(content, config, modules, model)]:
-        raise AdapterMismatchError(f"{folder} does not fit this model; nothing was loaded.\n  " + as_lines(problems))
+        raise AdapterMismatchError(
+            f"{folder} does not fit this model; nothing was loaded.\n  "
+            + as_lines(problems)
+            + "\nLoad it into the base model that it was trained on."
+        )
     factors = {name: from_peft(modules[name], site) for name, site in content.sites.items()}
     with _generators_kept():
         enable_fine_tuning(model, _strategy(config, factors, content, modules))
@@ -131,7 +135,7 @@ def import_peft(
     Raises:
         GiftError: as `load_peft` does; `AdapterWriteError` if the file cannot be written, or is there.
     """
-    if os.path.lexists(adapter_file) and not force:
+    if os.path.lexists(as_path(adapter_file)) and not force:
         raise AdapterWriteError(f"{adapter_file} exists already: choose another name, or overwrite with force.")
     done = load_peft(model, directory, ignore=ignore)
     try:

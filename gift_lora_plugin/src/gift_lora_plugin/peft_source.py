@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gift_core import AdapterInfo, Reparameterization, disable_fine_tuning, load_adapter, read_adapter_info, save_adapter
+from gift_core import AdapterInfo, Reparameterization, as_path, disable_fine_tuning, load_adapter, read_adapter_info, save_adapter
 from gift_core.errors import AdapterFileError, AdapterFormatError, AdapterMismatchError, StateError
 from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.peft_layers import Factors, is_fan_in_fan_out, refusal
@@ -76,7 +76,7 @@ def opened(source: nn.Module | str | os.PathLike[str], model: nn.Module | None) 
             info = save_adapter(source, file)
             yield _of_model(source, info, load_file(file), knows_base=True)
     elif model is None:
-        yield _of_file(Path(source))
+        yield _of_file(as_path(source))
     else:
         if any(isinstance(child, Reparameterization) for child in model.modules()):
             raise StateError("the model given for an adapter file is tuned already: pass the plain base model, or the tuned one alone.")
@@ -102,7 +102,7 @@ def _tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}.") from error
+        raise AdapterFileError(f"{path} cannot be read: {error}. Get a fresh copy.") from error
 
 
 def _of_model(root: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], *, knows_base: bool) -> Adapter:
