@@ -6,8 +6,10 @@ Every session runs in the environment that nox itself is in (``python3 dev.py se
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import nox
@@ -18,6 +20,16 @@ PACKAGES = ("gift_core", "gift_lora_plugin/src/gift_lora_plugin")
 PROJECTS = (".", "gift_lora_plugin")
 SEEDS = ROOT / "fuzz" / "seeds"
 FUZZ_SECONDS = 20
+#: The matrix of faults, and how long all of it may take.
+FAULTS = (
+    "tests/faults",
+    "tests/distributed",
+    "tests/integration/test_torch_features.py",
+    "tests/test_adapter_versions.py",
+    "tests/test_fuzz_seeds.py",
+    "gift_lora_plugin/tests/test_peft_hostile.py",
+)
+FAULT_SECONDS = 600
 
 nox.options.error_on_missing_interpreters = True
 
@@ -67,8 +79,19 @@ def reproducible(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def faults(session: nox.Session) -> None:
-    """Try every kind of fault, and print how many were silent, half, foreign or lost; arguments go to pytest."""
-    _python(session, "pytest", "tests/faults", *session.posargs)
+    """Try every kind of fault, and print how many were silent, half, foreign or lost; arguments go to pytest.
+
+    The whole matrix has to be clean, and done in ten minutes.
+    """
+    rows, start = Path(session.create_tmp()) / "faults.jsonl", time.monotonic()
+    rows.unlink(missing_ok=True)
+    _python(session, "pytest", *FAULTS, *session.posargs, env={"GIFT_FAULTS_FILE": str(rows.resolve())})
+    seconds, noted = time.monotonic() - start, [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    session.log(f"{sum(row['cases'] for row in noted):,} cases in {seconds:.0f} s")
+    if unclean := sorted({row["kind"] for row in noted if row["silent"] or row["half"] or row["foreign"] or row["lost"]}):
+        session.error(f"not clean: {', '.join(unclean)}")
+    if seconds > FAULT_SECONDS:
+        session.error(f"the matrix took {seconds:.0f} s; {FAULT_SECONDS} are allowed")
 
 
 @nox.session(venv_backend="none", default=False)
@@ -124,8 +147,8 @@ def bench(session: nox.Session) -> None:
     _python(session, "benchmarks", *arguments)
 
 
-def _python(session: nox.Session, module: str, *arguments: str) -> None:
-    session.run(sys.executable, "-m", module, *arguments)
+def _python(session: nox.Session, module: str, *arguments: str, env: dict[str, str] | None = None) -> None:
+    session.run(sys.executable, "-m", module, *arguments, env=env)
 
 
 def _need(session: nox.Session, *modules: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-#: The fixture ``record_faults(kind, cases, silent=0, half=0, foreign=0, lost=0)`` of tests/faults.
+#: The fixture ``record_faults(kind, cases, silent=0, half=0, foreign=0, lost=0)`` of the repository's conftest.py.
 RecordFaults = Callable[..., None]
 
 

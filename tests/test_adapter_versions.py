@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import gift_lora_plugin  # noqa: F401  the file names a strategy of it
 from gift_core import load_adapter
+from gift_core.adapter_format import FORMAT_VERSION
 
 DATA = Path(__file__).parent / "data"
 
@@ -35,7 +36,16 @@ class Net(nn.Module):
         return self.head(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("name", ["v1_lora", "v1_full", "v2_lora", "v2_full"])
+NAMES = ["v1_lora", "v1_full", "v2_lora", "v2_full"]
+
+
+def test_every_version_is_covered() -> None:
+    """There are files of each version that was ever written, of both kinds."""
+    assert [f"v{version}_{kind}" for version in range(1, FORMAT_VERSION + 1) for kind in ("lora", "full")] == NAMES
+    assert {path.name for path in DATA.glob("adapter_v*[!t].safetensors")} == {f"adapter_{name}.safetensors" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_files_of_every_version_load(name: str) -> None:
     """A file that an earlier version wrote gives, on its base model, the outputs that were recorded then."""
     model = Net()
