@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gift_core import Reparameterization
-from gift_core.errors import GiftError
+from gift_core.errors import GiftError, StateError
 
 Builder = Callable[[], nn.Module]
 
@@ -269,9 +269,13 @@ def fingerprint(model: nn.Module) -> Fingerprint:
                     facts[f"{name}.{key}"] = "lazy"
                 elif tensor is not None:
                     facts[f"{name}.{key}"] = (tensor.requires_grad, tensor.dtype, tuple(tensor.shape), tensor_bytes(tensor))
-    state = model.state_dict()
-    facts["keys"] = list(state)
-    facts["metadata"] = {key: dict(value) for key, value in state._metadata.items()}  # type: ignore[attr-defined]
+    try:
+        state = model.state_dict()
+    except StateError as error:  # a tuned model that lacks a layer has none
+        facts["keys"] = str(error)
+    else:
+        facts["keys"] = list(state)
+        facts["metadata"] = {key: dict(value) for key, value in state._metadata.items()}  # type: ignore[attr-defined]
     facts["parameters"] = [id(parameter) for parameter in model.parameters()]
     return Fingerprint(facts, alive)
 

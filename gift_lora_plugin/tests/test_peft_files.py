@@ -1017,9 +1017,13 @@ def test_what_transformers_saved_is_loaded(kind: str, tmp_path: Path) -> None:
     base, targets = small_model(kind)
     theirs = copy.deepcopy(base)
     names = [target.removeprefix("*.") for target in targets]
-    theirs.add_adapter(
-        peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, rank_pattern={names[0]: 3}, alpha_pattern={names[0]: 4})
-    )
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, rank_pattern={names[0]: 3}, alpha_pattern={names[0]: 4})
+    try:
+        theirs.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"this transformers makes no adapters with peft {peft.__version__}: {error}")
     stir(theirs).eval().save_pretrained(str(tmp_path))  # type: ignore[operator]
 
     load_peft(base, tmp_path)

@@ -16,7 +16,7 @@ from models import cnn, mlp
 from safetensors.torch import load, save_file
 from torch import nn
 
-from gift_core import FullFineTuningStrategy, enable_fine_tuning, load_adapter, read_adapter_info, save_adapter
+from gift_core import FullFineTuningStrategy, enable_fine_tuning, load_adapter, merge_and_unload, read_adapter_info, save_adapter
 from gift_core.adapter_format import MAX_DESCRIPTION_BYTES, _digest_v1
 from gift_lora_plugin.peft_files import export_peft, load_peft
 
@@ -155,6 +155,18 @@ def _without_head() -> nn.Module:
     return model
 
 
+def _with_another_norm() -> nn.Module:
+    model = tuned()()
+    model.bn = nn.BatchNorm2d(6).requires_grad_(False)
+    return model
+
+
+def _thawed() -> nn.Module:
+    model = tuned()()
+    model.bn.requires_grad_()
+    return model
+
+
 def _claiming(says: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         class Careless(FullFineTuningStrategy):
@@ -229,6 +241,9 @@ FILE_CASES: list[Case] = [
     ("read no name", cnn, lambda m, f: read_adapter_info(f / "a\0b"), "no file can be called so"),
     ("save what has no place", _complex, lambda m, f: save_adapter(m, f / "a"), "complex128"),
     ("save without a layer", _without_head, lambda m, f: save_adapter(m, f / "a"), "head"),
+    ("save what came in the base's place", _with_another_norm, lambda m, f: save_adapter(m, f / "a"), "bn.weight"),
+    ("save beside what trains unknown", _thawed, lambda m, f: save_adapter(m, f / "a"), "bn.bias"),
+    ("unload without a layer", _without_head, lambda m, _: merge_and_unload(m), "head"),
     ("save a config without a name", _claiming({"parameters": {}}), lambda m, f: save_adapter(m, f / "a"), "'name'"),
     ("save a config that is no data", _claiming({"name": "full", "x": {1, 2}}), lambda m, f: save_adapter(m, f / "a"), "to_config"),
     ("save over a circle of links", tuned(), _linked, "circle"),

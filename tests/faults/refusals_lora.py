@@ -125,6 +125,10 @@ def _samples_again(adapters: LoRAAdapterSet, _: nn.Module) -> None:
         pass
 
 
+def _answers(_: LoRAAdapterSet, model: nn.Module) -> Any:
+    return model(torch.ones(2, 4))
+
+
 def _uses_within(adapters: LoRAAdapterSet, model: nn.Module) -> Any:
     adapters.use("a")
     return model(torch.ones(2, 4))
@@ -205,6 +209,10 @@ LORA_CASES: list[Case] = [
     ("groups without a rate", tuned(), lambda m, _: lora_plus_param_groups(m, 0), "lr"),
     ("groups of no ratio", tuned(), lambda m, _: lora_plus_param_groups(m, 0.1, ratio=float("nan")), "ratio"),
     ("combine by no method", mlp, _combining(_lora(), method="x"), "'x'"),
+    ("combine complex signs", lambda: nn.Linear(4, 4, dtype=torch.complex64), _combining(_lora(), method="ties"), "'ties'"),
+    ("sample by a text", mlp, _within(_answers, "a"), "'a'"),
+    ("sample by a number", mlp, _within(_answers, ("a", 3)), "got 3"),  # type: ignore[arg-type]
+    ("LoRA on numbers that are only stored", lambda: nn.Linear(4, 4).to(torch.float8_e4m3fn), enabling(_lora), "float8_e4m3fn"),
     ("combine nothing", mlp, _combining(_lora(), weights={}), "weights"),
     ("combine by no number", mlp, _combining(_lora(), weights={"a": "x"}), "'a'"),
     ("combine at a rank", mlp, _combining(_lora(), method="cat", rank=2), "'cat'"),
