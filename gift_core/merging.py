@@ -22,7 +22,10 @@ from gift_core.structure import ABSENT, Snapshot, undo
 def merge(module: nn.Module) -> None:
     """Let a tuned model compute with merged weights, for inference. It needs the memory of the adapted weights once more.
 
-    What it saves does not change. Training a merged model is refused, and a load or an optimizer step while merged is picked up.
+    What it saves does not change. Training a merged model is refused, and a load or an optimizer step while merged is picked up. So is
+    any other write that torch counts, and a tensor that takes another's place. A write into the numbers behind ``parameter.data``, as
+    ``parameter.data.copy_(average)``, leaves no trace that could be looked for at the base model's speed: `unmerge` and `merge` again
+    after it.
 
     Raises:
         StateError: if the model is not tuned or merged already.

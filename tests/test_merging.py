@@ -233,6 +233,26 @@ def test_new_tensors_behind_a_merged_model() -> None:
         assert close(second(inputs), expected)
 
 
+@pytest.mark.parametrize("write", [Tensor.copy_, lambda p, average: p.data.copy_(average)], ids=["counted", "past torch"])
+@torch.no_grad()
+def test_a_write_past_torch_is_in_the_next_merge(write: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """An average written through ``.data`` is in the merged weights when they are merged again; one that torch counts, at once."""
+    model, inputs = tuned(), input_for(cnn)
+    averages = {key: 0.5 * parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+    merge(model)
+    model(inputs)
+    for key, average in averages.items():
+        write(model.get_parameter(key), average)
+    if write is not Tensor.copy_:
+        unmerge(model)
+        merge(model)
+    inside = model(inputs)
+    unmerge(model)
+
+    assert close(inside, model(inputs))
+
+
 @torch.no_grad()
 def test_an_adapter_file_while_merged(tmp_path: Path) -> None:
     """An adapter file that is loaded while merged is in the merged weights."""
