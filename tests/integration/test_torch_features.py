@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +15,18 @@ import torch
 from models import ALL, Builder, Delta, attention, cnn, encoder, input_for, lstm, mlp, nested, shared, single, tied, train
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from gift_core import (
     FineTuningStrategy,
     disable_fine_tuning,
     enable_fine_tuning,
+    load_adapter,
     merge,
     merge_and_unload,
     merged,
+    save_adapter,
     tuning_disabled,
     unmerge,
 )
@@ -349,6 +353,32 @@ def test_averaging() -> None:
     assert torch.allclose(averaged.module.get_parameter("0.lora_B"), torch.stack(seen).mean(0), atol=1e-6)
     assert torch.equal(dict(averaged.module.named_parameters())["0.weight"], mlp().get_parameter("0.weight"))
     assert averaged.module(input_for(mlp)).shape == (3, 3)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_exponential_average(use_buffers: bool, tmp_path: Path) -> None:
+    """An exponential average of a tuned model is that of what trains, its base keeps its bits, and it goes into a file of its own."""
+    decay, keys = 0.75, ("conv.lora_A", "head.lora_B", "bn.running_mean")
+    model = tuned(cnn, replace_parameter_function=False)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=use_buffers)
+    seen: list[dict[str, Tensor]] = []
+    for _ in range(4):
+        train(model, input_for(cnn), 1)
+        averaged.update_parameters(model)
+        held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        seen.append({key: held[key].detach().clone() for key in keys})
+    averaged.eval()
+    save_adapter(averaged, tmp_path / "average")
+    load_adapter(fresh := cnn().eval(), tmp_path / "average")
+
+    found = {**dict(averaged.module.named_parameters()), **dict(averaged.module.named_buffers())}
+    for key in keys:
+        expected = functools.reduce(lambda average, now: decay * average + (1 - decay) * now, (step[key] for step in seen))
+        if key.startswith("bn") and not use_buffers:
+            expected = seen[-1][key]
+        assert torch.allclose(found[key], expected, atol=1e-6)
+    assert all(torch.equal(found[key], value) for key, value in cnn().named_parameters())
+    assert torch.equal(averaged(input_for(cnn)), fresh(input_for(cnn)))
 
 
 @pytest.mark.parametrize("builder", [mlp, cnn, nested], ids=lambda builder: builder.__name__)
