@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from torch import Tensor, nn
 
-from gift_core import AdapterSet, disable_fine_tuning, load_adapter, merge, save_adapter, tuning_disabled, unmerge
+from gift_core import (
+    AdapterSet,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    load_adapter,
+    merge,
+    save_adapter,
+    tuning_disabled,
+    unmerge,
+)
 from gift_lora_plugin import LoRALinearFineTuningStrategy
 
 PROFILE = settings(max_examples=80, stateful_step_count=30, derandomize=True, deadline=None, database=None)
@@ -23,6 +32,11 @@ NAMES = ("a", "b")
 FACTORS = ("0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B")
 #: How far an answer or a step may be from the formula's, whose arithmetic is in double precision where the model's is in half.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+#: How far one step under autocast may be: its gradients are in half precision, and the rate is small.
+AUTOCAST_TOLERANCE = 2e-2
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+#: How an average takes the place of the adapter's numbers: as their memory, by a write that torch counts, by one that it does not.
+WAYS = ("pointer", "counted", "past torch")
 
 Factors = dict[str, Tensor]
 
@@ -52,7 +66,7 @@ def gradients(base: Factors, factors: Factors, inputs: Tensor) -> Factors:
 
 
 class TunedModel(RuleBasedStateMachine):
-    """A model with two adapters, and what it ought to compute."""
+    """A model with two adapters, or without a set and with one or none, and what it ought to compute."""
 
     steps = 0
 
@@ -64,25 +78,39 @@ class TunedModel(RuleBasedStateMachine):
         self.files: list[tuple[Path, Factors, Factors]] = []
         self.merged = False
         self.dtype = torch.float32
+        self.device = "cpu"
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
 
-    @initialize(seed=st.integers(0, 99))
-    def build(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 99), has_set=st.booleans())
+    def build(self, seed: int, has_set: bool) -> None:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
         self.inputs32 = torch.randn(5, 4)
         self.base = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
-        self.adapters = AdapterSet(self.model)
+        self.adapters = AdapterSet(self.model) if has_set else None
+        self.alone: str | None = None  # the adapter in use where there is no set
+        if self.adapters is None:
+            self._enable()
+            return
         for name in NAMES:
             self._add(name)
         self.adapters.use("a")
 
     def _add(self, name: str) -> None:
+        assert self.adapters is not None
         self.adapters.add(name, LoRALinearFineTuningStrategy(rank=RANK, lora_alpha=ALPHA))
         with self.adapters.using(name):
-            self.expected[name] = self._own()
+            self._note_fresh(name)
+
+    def _enable(self) -> None:
+        enable_fine_tuning(self.model, LoRALinearFineTuningStrategy(rank=RANK, lora_alpha=ALPHA))
+        self.alone = NAMES[0]
+        self._note_fresh(NAMES[0])
+
+    def _note_fresh(self, name: str) -> None:
+        self.expected[name] = self._own()
         assert not any(tensor.any() for key, tensor in self.expected[name].items() if key.endswith("B"))
 
     def _own(self) -> Factors:
@@ -91,11 +119,15 @@ class TunedModel(RuleBasedStateMachine):
 
     @property
     def active(self) -> str | None:
-        return self.adapters.active
+        return self.alone if self.adapters is None else self.adapters.active
 
     @property
     def inputs(self) -> Tensor:
-        return self.inputs32.to(self.dtype)
+        return self.inputs32.to(self.device, self.dtype)
+
+    def _here(self, factors: Factors) -> Factors:
+        """The same numbers, where the model is and in its type."""
+        return {key: tensor.to(self.device, self.dtype) for key, tensor in factors.items()}
 
     def _is_tuned(self) -> bool:
         return self.active is not None
@@ -104,7 +136,7 @@ class TunedModel(RuleBasedStateMachine):
         return self.merged
 
     def _may_switch(self) -> bool:
-        return not self.merged
+        return not self.merged and self.adapters is not None
 
     def _may_train(self) -> bool:
         return self.active is not None and not self.merged
@@ -116,23 +148,28 @@ class TunedModel(RuleBasedStateMachine):
         slopes = gradients(self.base, factors, self.inputs)
         self.expected[self.active] = {key: (tensor - RATE * slopes[key]).to(self.dtype) for key, tensor in factors.items()}
 
-    def _compare_step(self) -> None:
+    def _compare_step(self, autocast: bool = False) -> None:
         """Hold the step that was made against the formula's, and in half precision go on from it, so that roundings do not add up."""
         assert self.active is not None
-        held = self._own()
-        assert all(self._is_close(held[key], tensor) for key, tensor in self.expected[self.active].items())
-        if self.dtype.itemsize < 4:
+        held, allowed = self._own(), AUTOCAST_TOLERANCE if autocast else None
+        assert all(self._is_close(held[key], tensor, allowed) for key, tensor in self.expected[self.active].items())
+        if self.dtype.itemsize < 4 or autocast:
             self.expected[self.active] = held
 
-    def _is_close(self, found: Tensor, wanted: Tensor) -> bool:
-        allowed = TOLERANCES[self.dtype]
+    def _is_close(self, found: Tensor, wanted: Tensor, allowed: float | None = None) -> bool:
+        allowed = allowed or TOLERANCES[self.dtype]
         return torch.allclose(found.double(), wanted.double(), atol=allowed, rtol=allowed)
 
-    def _backward(self, model: nn.Module) -> torch.optim.Optimizer:
+    def _autocast(self, enabled: bool = True) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
+
+    def _backward(self, model: nn.Module, autocast: bool = False) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         optimizer.zero_grad()
         model.train()
-        model(self.inputs).square().mean().backward()
+        with self._autocast(autocast):
+            output = model(self.inputs)
+        output.to(self.dtype).square().mean().backward()
         model.eval()
         return optimizer
 
@@ -141,18 +178,20 @@ class TunedModel(RuleBasedStateMachine):
     @rule(name=st.sampled_from([*NAMES, None]))
     @precondition(_may_switch)
     def switch(self, name: str | None) -> None:
+        assert self.adapters is not None
         self.adapters.use(name)
         if name is not None:
             # one that is not in use keeps its numbers when the model moves, and takes the model's type when it is used
-            self.expected[name] = {key: tensor.to(self.dtype) for key, tensor in self.expected[name].items()}
+            self.expected[name] = self._here(self.expected[name])
 
-    @rule()
+    @rule(autocast=st.booleans())
     @precondition(_may_train)
-    def train_step(self) -> None:
-        optimizer = self._backward(self.model)
+    def train_step(self, autocast: bool) -> None:
+        autocast &= self.dtype == torch.float32
+        optimizer = self._backward(self.model, autocast)
         self._stepped()
         optimizer.step()
-        self._compare_step()
+        self._compare_step(autocast)
 
     @rule()
     @precondition(_may_train)
@@ -165,10 +204,11 @@ class TunedModel(RuleBasedStateMachine):
         optimizer.step()
         self._compare_step()
 
-    @rule()
+    @rule(autocast=st.booleans())
     @precondition(_may_train)
-    def merge(self) -> None:
-        merge(self.model)
+    def merge(self, autocast: bool) -> None:
+        with self._autocast(autocast):
+            merge(self.model)
         self.merged = True
 
     @rule()
@@ -190,9 +230,9 @@ class TunedModel(RuleBasedStateMachine):
     def load_state(self, assign: bool, at: int) -> None:
         assert self.active is not None
         state, factors = self.states[at % len(self.states)]
-        state = {key: tensor.to(self.dtype, copy=True) for key, tensor in state.items()}
+        state = {key: tensor.to(self.device, self.dtype, copy=True) for key, tensor in state.items()}
         self.model.load_state_dict(state, assign=assign)
-        self.expected[self.active] = {key: tensor.to(self.dtype) for key, tensor in factors.items()}
+        self.expected[self.active] = self._here(factors)
 
     @rule()
     @precondition(_is_tuned)
@@ -213,49 +253,86 @@ class TunedModel(RuleBasedStateMachine):
         files = self._loadable()
         path, _, factors = files[at % len(files)]
         load_adapter(self.model, path)
-        self.expected[self.active] = dict(factors)
+        self.expected[self.active] = self._here(factors)
 
-    @rule(by_pointer=st.booleans(), weight=st.floats(0.5, 1.0))
+    @rule(way=st.sampled_from(WAYS), weight=st.floats(0.5, 1.0), and_back=st.booleans())
     @precondition(_is_tuned)
-    def swap_average_in(self, by_pointer: bool, weight: float) -> None:
+    def swap_average_in(self, way: str, weight: float, and_back: bool) -> None:
         assert self.active is not None
-        average = {key: weight * tensor for key, tensor in self.expected[self.active].items()}
+        before = self.expected[self.active]
+        self._write(way, {key: weight * tensor for key, tensor in before.items()})
+        if and_back:
+            self.answers_are_the_formula()
+            self._write(way, before)
+
+    def _write(self, way: str, factors: Factors) -> None:
+        """Let the adapter have other numbers; what torch does not count has to be merged again."""
+        assert self.active is not None
         held = dict(self.model.named_parameters())
-        for key, tensor in average.items():
-            if by_pointer:
+        for key, tensor in factors.items():
+            if way == "pointer":
                 held[key].data = tensor.clone()
+            elif way == "past torch":
+                held[key].data.copy_(tensor)
             else:
                 with torch.no_grad():
                     held[key].copy_(tensor)
-        self.expected[self.active] = average
+        self.expected[self.active] = dict(factors)
+        if way == "past torch" and self.merged:
+            unmerge(self.model)
+            merge(self.model)
 
     @rule()
     @precondition(lambda self: self.dtype == torch.float32)
     def autocast(self) -> None:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), self._autocast():
             found = self.model(self.inputs)
         assert torch.allclose(found.float(), self._answer(), atol=0.1, rtol=0.1)
 
     @rule()
     @precondition(_may_train)
     def train_a_copy(self) -> None:
-        twin = copy.deepcopy(self.model)
+        assert self.active is not None
+        twin, before = copy.deepcopy(self.model), self._own()
+        own = {tensor.data_ptr() for tensor in _all_tensors(self.model)}
+        assert own.isdisjoint(tensor.data_ptr() for tensor in _all_tensors(twin))
+        slopes = gradients(self.base, self.expected[self.active], self.inputs)
+
         self._backward(twin).step()
+
+        held = dict(twin.named_parameters())
+        assert all(self._is_close(held[key].detach(), precise(before[key]) - RATE * slopes[key]) for key in FACTORS)
+        assert all(_same(tensor, before[key]) for key, tensor in self._own().items())
 
     @rule(dtype=st.sampled_from(list(TOLERANCES)))
     def move(self, dtype: torch.dtype) -> None:
         self.model.to(dtype)
         self.dtype = dtype
-        self.base = {key: tensor.to(dtype) for key, tensor in self.base.items()}
+        self._moved()
+
+    @rule(device=st.sampled_from(DEVICES))
+    @precondition(lambda self: len(DEVICES) > 1)
+    def move_device(self, device: str) -> None:
+        self.model.to(device)
+        self.device = device
+        self._moved()
+
+    def _moved(self) -> None:
+        self.base = self._here(self.base)
         if self.active is not None:
-            self.expected[self.active] = {key: tensor.to(dtype) for key, tensor in self.expected[self.active].items()}
+            self.expected[self.active] = self._here(self.expected[self.active])
 
     @rule()
     def disable(self) -> None:
         if self.active is not None:
             disable_fine_tuning(self.model)
-        self.merged = False
+        self.merged, self.alone = False, None
         assert self.active is None
+
+    @rule()
+    @precondition(lambda self: self.adapters is None and self.alone is None)
+    def enable_again(self) -> None:
+        self._enable()
 
     @rule()
     @precondition(_is_tuned)
@@ -266,6 +343,7 @@ class TunedModel(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES))
     @precondition(_may_switch)
     def add_again(self, name: str) -> None:
+        assert self.adapters is not None
         self.adapters.remove(name)
         del self.expected[name]
         self._add(name)
@@ -276,7 +354,7 @@ class TunedModel(RuleBasedStateMachine):
         return formula(self.base, None if self.active is None else self.expected[self.active], self.inputs)
 
     def _base_answer(self) -> Tensor:
-        plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(self.dtype).requires_grad_(False)
+        plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(self.device, self.dtype).requires_grad_(False)
         plain.load_state_dict(self.base)
         return plain(self.inputs)
 
@@ -297,7 +375,11 @@ class TunedModel(RuleBasedStateMachine):
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(left, right)
+    return left.dtype == right.dtype and torch.equal(left.cpu(), right.cpu())
+
+
+def _all_tensors(model: nn.Module) -> list[Tensor]:
+    return [*nn.Module.parameters(model), *model.buffers()]
 
 
 def test_any_sequence(record_faults: RecordFaults) -> None:
