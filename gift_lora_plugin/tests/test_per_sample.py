@@ -329,6 +329,10 @@ def test_inference_and_autocast(kind: str) -> None:
             output = output_of(model, x)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
+            try:
+                one_by_one(adapters, x, [None] * SIZE)
+            except RuntimeError as error:
+                pytest.skip(f"torch cannot compute the base model under autocast on this processor: {error}")
             expected = one_by_one(adapters, x)
             with adapters.per_sample(NAMES) as model:
                 output = output_of(model, x)
