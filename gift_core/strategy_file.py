@@ -76,7 +76,7 @@ def parse_check(expression: str) -> Callable[..., bool]:
         StrategyError: if it is anything else, or names no check; the message has the part and the nearest names.
     """
     if not isinstance(expression, str) or len(expression) > MAX_EXPRESSION_LENGTH:
-        raise StrategyError(f"write a check as text of at most {MAX_EXPRESSION_LENGTH} characters, as in 'name_is(\"head\")'.")
+        raise StrategyError(f"a check is text of at most {MAX_EXPRESSION_LENGTH} characters: write one such as 'name_is(\"head\")'.")
     try:
         return _check(ast.parse(expression.strip(), mode="eval").body, expression.strip())
     except SyntaxError as error:
@@ -190,7 +190,11 @@ def _plain(params: Any, at: Place) -> None:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise _At(f"{key!r} is {value!r}: write text, a number, a truth value, a list or a table of these.", *at, key) from error
+            raise _At(
+                f"{key!r} is {value!r}: a value is text, a number, a truth value, a list or a table of these, so write one of them.",
+                *at,
+                key,
+            ) from error
 
 
 def _guard(make: Callable[[], Callable[..., Any]], at: Place) -> Callable[..., Any]:

@@ -194,6 +194,12 @@ LOADING_CASES: list[Case] = [
         _loading("thing:Thing", thing="def __getattr__(name):\n    raise RuntimeError(name)"),
         "RuntimeError",
     ),
+    (
+        "load an attribute that ends the program",
+        bystander,
+        _loading("thing:Thing", thing="def __getattr__(name):\n    raise SystemExit(name)"),
+        "ended the program",
+    ),
     ("load another generation", bystander, _loading("thing:Thing", thing="class Thing:\n    plugin_api = 2"), "plugin API 2"),
 ]
 

@@ -39,7 +39,7 @@ TOML = {
     ),
     "params that are a number": (CAP + KEEPS + "check = 'everything()'\nparams = 3", "got 3"),
     "an unknown key": (CAP + KEEPS + "check = 'everything()'\nchekc = 1", "line 4: there is no key 'chekc'"),
-    "a check that is a number": (CAP + KEEPS + "check = 5", "line 3: write a check as text"),
+    "a check that is a number": (CAP + KEEPS + "check = 5", "line 3: a check is text"),
     "a check that is cut off": (CAP + KEEPS + "check = 'name_is('", "line 3: check 'name_is('"),
     "a check that is too deep": (CAP + KEEPS + f"check = '{'~' * 3900}everything()'", "line 3: check '~~~~"),
     "a check that is not called": (CAP + KEEPS + "check = 'everything'", "'everything' is not called"),
