@@ -108,6 +108,28 @@ def test_a_file_may_name_what_plugins_register(toml: Write) -> None:
     assert seen == [("head", 3)]
 
 
+@pytest.mark.usefixtures("isolated_plugins")
+def test_an_action_takes_what_its_site_has(toml: Write) -> None:
+    """An action for modules takes five arguments and one for parameters seven; in the other place each is refused with its line."""
+
+    class Plugin:
+        @hookimpl
+        def gift_register_actions(self, registry: Any) -> None:
+            registry.add("of-module", lambda parent, name, full, kind, module: None)
+            registry.add("of-parameter", lambda parent, name, full, kind, module, own, parameter: None)
+
+    register_plugin(Plugin(), "mine")
+
+    def file(kind: str, action: str) -> Path:
+        return toml(f"[[{kind}]]\ncheck = 'everything()'\naction = '{action}'")
+
+    assert strategy_from_file(file("module_caps", "of-module"))
+    assert strategy_from_file(file("para_caps", "of-parameter"))
+    for kind, action in (("module_caps", "of-parameter"), ("para_caps", "of-module")):
+        with pytest.raises(StrategyFileError, match=f"line 3: action '{action}'"):
+            strategy_from_file(file(kind, action))
+
+
 @pytest.mark.parametrize(
     "text", ["everything()", "~is_root()", "name_is('a') & name_is('b') | ~name_is('c')", "layer_index(1, 2, optional=True)"]
 )

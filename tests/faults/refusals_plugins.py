@@ -178,6 +178,14 @@ REGISTRY_CASES: list[Case] = [
         "GIFT_BLOCK_PLUGINS",
     ),
     ("find what is broken", bystander, _loading("no module:no attribute"), "made-up-dist"),
+    (
+        "find what is broken in another package",
+        bystander,
+        _installed(
+            lambda install: install("made-up-dist", f"{NAME} = no module:no attribute"), lambda: load_strategy(f"no-dist:{NAME}")
+        ),
+        "no strategy named 'no-dist:made-up'",
+    ),
     ("a switch that is none", bystander, _under(strategy_names, GIFT_DISABLE_PLUGIN_AUTOLOAD="maybe"), "'maybe'"),
     ("a list that is a text", bystander, lambda m, f: plugin_settings(block="lora").__enter__(), "['lora']"),
 ]

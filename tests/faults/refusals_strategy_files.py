@@ -47,7 +47,7 @@ TOML = {
     "a check of a list": (CAP + KEEPS + "check = 'layer_index([1])'", "'[1]'"),
     "a check of unnamed keywords": (CAP + KEEPS + "check = 'name_is(**1)'", "'1' is not allowed"),
     "a check of an unknown keyword": (CAP + KEEPS + "check = 'name_is(nmae=1)'", "check 'name_is'"),
-    "a check of a value that is not allowed": (CAP + KEEPS + "check = 'layer_index(-1)'", "(-1,)"),
+    "a check of a value that is not allowed": (CAP + KEEPS + "check = 'layer_index(-1)'", "line 3: layer_index takes numbers"),
     "an unknown check": (CAP + KEEPS + "check = 'name_si(1)'", "name_is"),
     "a check that gives none": (CAP + KEEPS + "check = 'gives_none()'", "'gives_none' gave None"),
     "no TOML": ("[[", "line 1: it is no TOML"),
