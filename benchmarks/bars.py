@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.models import LARGE, TABLE, UNSEEN
+from benchmarks.models import MODELS
 from benchmarks.suites.evaluating import BASE
 from benchmarks.suites.states import ADAPTERS, PAYLOAD
 from benchmarks.suites.training import LIMIT
@@ -67,7 +67,7 @@ def _step(model: str, threads: int, reference: str, bar: float, goal: float | No
 
 
 def _others(threads: int, judged: dict[str, tuple[float, float]]) -> list[Bar]:
-    models = [model.name for model in (*TABLE, *LARGE, *UNSEEN) if model.name not in judged]
+    models = [model.name for model in MODELS if model.name not in judged]
     return [_step(name, threads, PEFT, 1.0, None, NO_WORSE) for name in models]
 
 

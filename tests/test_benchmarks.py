@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 from benchmarks.bars import BARS, Bar
 from benchmarks.formula import NotEqual, Results, check, compare, differs_by
 from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.models import LARGE, TABLE, UNSEEN, Model, mlp
+from benchmarks.models import MODELS, Model, mlp
 from benchmarks.plan import Record, Settings
 from benchmarks.suites import SUITES, enabling, states, training
 from benchmarks.systems import Gift, GiftBalanced, System, Unsupported
@@ -237,7 +237,7 @@ def test_the_readme_shows_the_results_that_are_kept() -> None:
 
 def test_every_bar_names_a_measurement_that_a_whole_run_makes() -> None:
     """Each bar belongs to a suite, and each model of the benchmark has its bar at two threads."""
-    wanted = {f"train/{model.name}/2 threads" for model in (*TABLE, *LARGE, *UNSEEN)}
+    wanted = {f"train/{model.name}/2 threads" for model in MODELS}
 
     assert {bar.measurement.partition("/")[0] for bar in BARS} <= set(SUITES)
     assert wanted <= {bar.measurement for bar in BARS}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.formula import check, fill, setting_for
-from benchmarks.models import LARGE, TABLE, UNSEEN, Model, mlp
+from benchmarks.models import LARGE, SEEN, TABLE, UNSEEN, Model, mlp
 from benchmarks.plan import Record, Settings, Task
 from benchmarks.systems import PEERS, Gift, GiftBalanced, Peft, System, without_adapter
 from benchmarks.timing import Case, interleave
@@ -22,7 +22,7 @@ def tasks(settings: Settings) -> list[Task]:
     """One task per model: check, then time at each number of threads."""
     if settings.quick:
         return [_task(mlp(20), 2, 0.5, settings), *(_task(model, 8, 1.0, settings) for model in (TABLE[0], TABLE[3]))]
-    plan = [(TABLE, 12.0, 6.0), (UNSEEN, 10.0, 5.0), (LARGE, 22.0, 8.0)]
+    plan = [(TABLE, 12.0, 6.0), (UNSEEN, 6.0, 4.0), (SEEN, 4.0, 3.0), (LARGE, 15.0, 8.0)]
     return [_task(model, before + 1.5 * seconds, seconds, settings) for models, before, seconds in plan for model in models]
 
 
@@ -31,8 +31,8 @@ def _task(model: Model, expected: float, seconds: float, settings: Settings) -> 
 
 
 def kinds_for(model: Model) -> tuple[type[System], ...]:
-    """The systems timed on a model: all, except on the large ones; the default layout where a model has convolutions."""
-    if model in LARGE:
+    """The systems timed on a model: all, and the default layout where a model has convolutions; on some PEFT alone."""
+    if model in (*SEEN, *LARGE):
         return (Gift, Peft)
     convolutional = any(isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for layer in model.make().modules())
     return (*PEERS, GiftBalanced) if convolutional else PEERS
