@@ -17,8 +17,6 @@ from torch import nn
 from gift_core import enable_fine_tuning, load_adapter, save_adapter
 from gift_core.cli import main
 
-pytest_plugins = ["fake_distributions"]
-
 Install = Callable[..., Path]
 
 #: A format that writes down how it was called.

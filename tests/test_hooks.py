@@ -50,7 +50,7 @@ from gift_core.plugins.hooks import hookimpl
 from gift_core.plugins.settings import VARIABLES
 from gift_core.plugins.validation import hook_names
 
-pytest_plugins = ["fake_distributions", "gift_core.plugins.pytest_plugin"]
+pytest_plugins = ["gift_core.plugins.pytest_plugin"]
 
 Install = Callable[..., Path]
 MARK = "from gift_core.plugins.hooks import hookimpl\nfrom gift_core import FullFineTuningStrategy\n"

@@ -17,8 +17,6 @@ from gift_core.cli import main
 from gift_core.plugins import PLUGINS
 from gift_core.plugins.settings import VARIABLES
 
-pytest_plugins = ["fake_distributions"]
-
 Install = Callable[..., Path]
 MARK = "from gift_core.plugins.hooks import hookimpl\n"
 HEALTHY = MARK + '@hookimpl\ndef gift_register_strategies(registry): registry.add("by-hook", lambda: None)\n'

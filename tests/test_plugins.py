@@ -36,8 +36,6 @@ from gift_core.plugins import (
     unregister_strategy,
 )
 
-pytest_plugins = ["fake_distributions"]
-
 Install = Callable[..., Path]
 
 

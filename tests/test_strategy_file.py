@@ -16,7 +16,7 @@ from gift_core.cli import main
 from gift_core.errors import StrategyError, StrategyFileError, StrategyFileNotFoundError, UnknownPluginError
 from gift_core.strategy_file import MAX_EXPRESSION_LENGTH, MAX_FILE_BYTES, parse_check, strategy_from_file
 
-pytest_plugins = ["fake_distributions", "gift_core.plugins.pytest_plugin"]
+pytest_plugins = ["gift_core.plugins.pytest_plugin"]
 
 Write = Callable[[str], Path]
 
