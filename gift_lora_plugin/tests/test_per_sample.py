@@ -332,6 +332,8 @@ def test_inference_and_autocast(kind: str) -> None:
             try:
                 one_by_one(adapters, x, [None] * SIZE)
             except RuntimeError as error:
+                if "primitive" not in str(error):  # oneDNN's word for a kernel; anything else is ours to mend
+                    raise
                 pytest.skip(f"torch cannot compute the base model under autocast on this processor: {error}")
             expected = one_by_one(adapters, x)
             with adapters.per_sample(NAMES) as model:

@@ -81,7 +81,7 @@ def test_autocast(builder: Builder) -> None:
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             builder().eval()(inputs)
-    except RuntimeError as error:
+    except RuntimeError as error:  # of a plain model: nothing of ours has run
         pytest.skip(f"torch cannot compute the base model under autocast on this processor: {error}")
 
     with torch.autocast("cpu", torch.bfloat16):
