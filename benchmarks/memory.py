@@ -29,7 +29,7 @@ def saved_bytes(forward: Callable[[], Tensor], modules: list[nn.Module]) -> int:
 
 def peak_bytes(step: Callable[[], object]) -> int:
     """The most bytes that a step holds above what was held before it, from the allocator's own record."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
     held = most = 0
     for _, change in sorted(_allocations(record), key=lambda event: event[0]):

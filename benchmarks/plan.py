@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks.timing import Budget, Measurement
+from benchmarks.timing import Budget, Measurement, Samples
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Record:
     measurements: list[Measurement] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, name: str, unit: str, samples: dict[str, list[float]]) -> None:
+    def add(self, name: str, unit: str, samples: Samples) -> None:
         """Keep the samples of one measurement."""
         self.measurements.append(Measurement(name, unit, samples))
 

@@ -115,8 +115,8 @@ def _bar_data(verdict: Verdict) -> dict[str, Any]:
     return asdict(verdict.bar) | {"measured": asdict(verdict.summary) if verdict.summary else None, "met": verdict.met}
 
 
-def _rounded(values: list[float]) -> list[float]:
-    return [float(f"{value:.6g}") for value in values]
+def _rounded(values: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else float(f"{value:.6g}") for value in values]
 
 
 def _version(distribution: str) -> str | None:

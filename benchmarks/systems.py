@@ -403,6 +403,9 @@ class Lycoris(System):
 #: GIFt and the libraries that it is compared with.
 PEERS: tuple[type[System], ...] = (Gift, Peft, LoraLib, Lycoris)
 
+#: Names of the systems of which no bar speaks.
+BESIDE = frozenset(kind.name for kind in (LoraLib, Lycoris, GiftBalanced))
+
 
 def without_adapter(model: nn.Module, embedding: str | None) -> nn.Module:
     """The limit: a frozen model through which a gradient flows back to its input, and nothing else is computed.

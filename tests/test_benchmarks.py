@@ -21,7 +21,7 @@ from benchmarks.models import MODELS, Model, mlp
 from benchmarks.plan import Record, Settings
 from benchmarks.suites import SUITES, enabling, states, training
 from benchmarks.systems import Gift, GiftBalanced, System, Unsupported
-from benchmarks.timing import Budget, Case, Measurement, Summary, interleave
+from benchmarks.timing import SELDOM, Budget, Case, Measurement, Summary, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = mlp(4, width=8, batch=3, rank=2)
@@ -69,6 +69,21 @@ def test_each_round_starts_with_another_system() -> None:
 
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"  # once each before the first round
     assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_case_that_runs_seldom_is_in_the_first_rounds_alone() -> None:
+    """Later rounds go without it, and a ratio with it is of the rounds in which both ran."""
+    runs: list[str] = []
+    cases = {name: Case(lambda _, name=name: runs.append(name), lambda: None) for name in ("often", "seldom")}  # type: ignore[misc]
+
+    samples = interleave(cases, Budget(seconds=0, least=5, most=5), {"seldom"})
+
+    assert (runs.count("often"), runs.count("seldom")) == (1 + 5, 1 + SELDOM)
+    assert [value is None for value in samples["seldom"]] == [False] * SELDOM + [True] * (5 - SELDOM)
+    assert None not in samples["often"]
+    measurement = Measurement("m", "s", {"often": [1.0, 1.0, 9.0], "seldom": [2.0, 2.0, None]})
+    assert measurement.ratio("seldom", "often") == Summary(2.0, 2.0, 2.0, 2)
+    assert measurement.value("seldom").rounds == 2
 
 
 def test_a_short_case_is_repeated_for_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +273,7 @@ def test_a_tiny_run_measures_steps_and_enabling() -> None:
     found = {one.name: one for one in record.measurements}
     assert list(found) == ["train/mlp4/1 thread", "enable/4 layers", "enable/4 layers/each", "state/round trip"]
     assert {"GIFt", "limit"} <= set(found["train/mlp4/1 thread"].samples)
-    assert all(len(values) == 2 and min(values) > 0 for one in found.values() for values in one.samples.values())
+    assert all(len(values) == 2 and all(values) for one in found.values() for values in one.samples.values())
 
 
 def test_the_program_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:

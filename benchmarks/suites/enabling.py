@@ -7,7 +7,7 @@ from functools import partial
 from benchmarks.formula import check, setting_for
 from benchmarks.models import Model, mlp
 from benchmarks.plan import Record, Settings, Task
-from benchmarks.systems import PEERS, Gift, Peft, System
+from benchmarks.systems import BESIDE, PEERS, Gift, Peft, System
 from benchmarks.timing import Case, interleave
 
 SIZES = (60, 600, 6000)
@@ -25,9 +25,11 @@ def measure(layers: int, seconds: float, settings: Settings, record: Record) -> 
     # what is put on is checked on the small one: the large ones are more of the same, and of the peers one is enough there
     agree, refused = check(mlp(min(layers, 60)), PEERS if layers < SIZES[-1] else (Gift, Peft))
     record.leave_out(f"enable/{layers} layers", refused)
-    samples = interleave({kind.name: enabling_case(mlp(layers), kind) for kind in agree}, settings.budget(seconds, least=3))
+    samples = interleave({kind.name: enabling_case(mlp(layers), kind) for kind in agree}, settings.budget(seconds, least=3), BESIDE)
     record.add(f"enable/{layers} layers", "s", samples)
-    record.add(f"enable/{layers} layers/each", "us", {name: [1e6 * s / layers for s in values] for name, values in samples.items()})
+    record.add(
+        f"enable/{layers} layers/each", "us", {name: [s and 1e6 * s / layers for s in values] for name, values in samples.items()}
+    )
 
 
 def enabling_case(model: Model, kind: type[System]) -> Case:

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.formula import NotEqual, differs_by, fill, setting_for
 from benchmarks.models import TABLE, Model, mlp, named
 from benchmarks.plan import Record, Settings, Task
-from benchmarks.systems import PEERS, Gift, Peft, System, Unsupported
+from benchmarks.systems import BESIDE, PEERS, Gift, Peft, System, Unsupported
 from benchmarks.timing import Case, interleave
 
 #: How many adapters one model holds.
@@ -61,7 +61,7 @@ def measure(name: str, make: Callable[[System, Path], Case], model: Model, setti
                 cases.pop(kind.name, None)
                 reasons[kind.name] = str(error)
         record.leave_out(name, reasons)
-        record.add(name, "s", interleave(cases, settings.budget(6)))
+        record.add(name, "s", interleave(cases, settings.budget(5), BESIDE))
 
 
 def round_trip(system: System, path: Path) -> Case:
@@ -131,10 +131,8 @@ def _merge_resnet(settings: Settings, record: Record) -> None:
 def _check(model: Model, system: System, case: Case) -> None:
     """Ten calls lead back to the first answer, for a verb with its inverse and for a round of ten adapters alike."""
     before = _answer(model, system.module)
-    answers = []
     for _ in range(ADAPTERS):
         case.run(None)
-        answers.append(_answer(model, system.module).item())
     difference = differs_by(_answer(model, system.module), before)
     if not difference <= 1e-3:
         raise NotEqual(f"the model's answer changed by {difference:.1e} of its largest number")

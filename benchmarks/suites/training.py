@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.formula import check, fill, setting_for
 from benchmarks.models import LARGE, SEEN, TABLE, UNSEEN, Model, mlp
 from benchmarks.plan import Record, Settings, Task
-from benchmarks.systems import PEERS, Gift, GiftBalanced, Peft, System, without_adapter
+from benchmarks.systems import BESIDE, PEERS, Gift, GiftBalanced, Peft, System, without_adapter
 from benchmarks.timing import Case, interleave
 
 #: The frozen base's forward pass plus its backward pass to the input.
@@ -22,7 +22,7 @@ def tasks(settings: Settings) -> list[Task]:
     """One task per model: check, then time at each number of threads."""
     if settings.quick:
         return [_task(mlp(20), 2, 0.5, settings), *(_task(model, 8, 1.0, settings) for model in (TABLE[0], TABLE[3]))]
-    plan = [(TABLE, 12.0, 6.0), (UNSEEN, 6.0, 4.0), (SEEN, 4.0, 3.0), (LARGE, 15.0, 8.0)]
+    plan = [(TABLE, 12.0, 12.0), (UNSEEN, 6.0, 6.0), (SEEN, 4.0, 4.0), (LARGE, 15.0, 8.0)]
     return [_task(model, before + 1.5 * seconds, seconds, settings) for models, before, seconds in plan for model in models]
 
 
@@ -47,8 +47,8 @@ def measure(model: Model, seconds: float, settings: Settings, record: Record) ->
     try:
         for threads in settings.threads:
             torch.set_num_threads(threads)
-            chosen = cases if threads == 1 else {name: case for name, case in cases.items() if name in (Gift.name, Peft.name, LIMIT)}
-            samples = interleave(chosen, settings.budget(seconds if threads == 1 else seconds / 2))
+            chosen = cases if threads == 1 else {name: case for name, case in cases.items() if name not in BESIDE}
+            samples = interleave(chosen, settings.budget(seconds if threads == 1 else seconds / 2), BESIDE)
             record.add(f"train/{model.name}/{threads} thread{'s' * (threads > 1)}", "s", samples)
     finally:
         torch.set_num_threads(before)
