@@ -109,6 +109,8 @@ SIZES = {
     "one tap": (24, 24, 3, {"kernel_size": 1}, "_OneTap", False),
     "one tap, strided": (24, 24, 4, {"kernel_size": 1, "stride": (2, 1)}, "_OneTap", False),
     "one tap, weight": (4, 6, 7, {"kernel_size": 1}, "_OneTap", True),
+    "one tap, many pixels": (4, 6, 17, {"kernel_size": 1}, "_OneTap", True),
+    "one tap, padded": (24, 24, 3, {"kernel_size": 1, "padding": 1}, "_TapsOnInput", False),
     "one tap, strided, weight": (4, 6, 7, {"kernel_size": 1, "stride": 2}, "_TapsOnInput", True),
 }
 
@@ -163,6 +165,41 @@ def test_an_empty_batch(name, dropout):
     assert torch.equal(got[0], layer(empty))
     assert [gradient.shape for gradient in got[1:]] == [empty.shape, *(factor.shape for factor in factors)]
     assert not any(gradient.any() for gradient in got[1:])
+
+
+@pytest.mark.parametrize("stride", [1, (2, 3)])
+@pytest.mark.parametrize("side", [3, 17, 50], ids="{0} x {0}".format)
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_a_pointwise_convolution_goes_back_to_its_input_by_products(images, side, stride, monkeypatch):
+    """Without torch's own backward pass for the input, which is slower, for few and for many pixels, images and strides."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 1, stride=stride).double().requires_grad_(False)
+    tensors = (torch.randn(images, 4, side, side, dtype=torch.float64, requires_grad=True), *draw(layer, "out_as_h")[1:])
+    expected = with_gradients(oracle(layer, *tensors), tensors)
+
+    def of_thin_images_alone(grad, input, kernel, settings, *, of_input):
+        assert not of_input or len(kernel) == 2
+        return torchs_own(grad, input, kernel, settings, of_input=of_input)
+
+    torchs_own = convolution._convolution_backward
+    monkeypatch.setattr(convolution, "_convolution_backward", of_thin_images_alone)
+    got = with_gradients(tuned(layer, *tensors), tensors)
+
+    torch.testing.assert_close(got, expected)
+    assert got[1].is_contiguous()
+
+
+def test_a_gradient_in_another_order_goes_back_by_torchs_own():
+    """So that the gradient of the input has the order in memory that torch's kernels for it give."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 1).double().requires_grad_(False)
+    tensors = draw(layer, "out_as_h")
+    last = torch.randn(2, 6, 7, 7, dtype=torch.float64).to(memory_format=torch.channels_last)
+
+    got, expected = (torch.autograd.grad(made(layer, *tensors), tensors, last) for made in (tuned, oracle))
+
+    torch.testing.assert_close(got, expected)
+    assert got[0].stride() == expected[0].stride()
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -19,6 +19,10 @@ from gift_lora_plugin.lowrank import add_low_rank, as_dtype, drop, low_rank_upda
 
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+#: Images of no more pixels are multiplied side by side, as one matrix: torch multiplies each apart, and a few columns at a time take
+#: up to nine times as long.
+_FEW_PIXELS = 256
+
 
 def low_rank_conv(
     input: Tensor,
@@ -141,6 +145,7 @@ class _Way(NamedTuple):
         margin: how far the taps of an input's border reach beyond the image.
         size: of the image that the input gives; ``dense`` is its size at stride 1.
         taps: where the taps of the thin convolution are multiplied.
+        is_pointwise: whether the frozen convolution is a product with each pixel, thinned out by the stride, and nothing else.
         builds_weight: whether the update is added to the weight, rather than to the output and to the input's gradient.
     """
 
@@ -150,6 +155,7 @@ class _Way(NamedTuple):
     size: tuple[int, ...]
     dense: tuple[int, ...]
     taps: type[_OneTap | _TapsOnInput | _TapsOnImage]
+    is_pointwise: bool
     builds_weight: bool
 
 
@@ -175,9 +181,10 @@ def _way(input: tuple[int, ...], weight: tuple[int, ...], rank: int, settings: _
     builds_weight = not dropout and math.prod(weight) * (3 if is_single else 1) * (1 if trains else 0.5) <= images
     taps = rank * math.prod(kernel)
     on_input = min(margin) < 0 or input[1] * math.prod(size) <= rank * math.prod(image) or taps > 2 * input[1]
+    is_pointwise = is_single and not any(padding)
     if on_input or (is_single and builds_weight and size != dense):
-        return _Way(settings, kernel, margin, size, dense, _TapsOnInput, builds_weight)
-    return _Way(settings, kernel, margin, size, dense, _OneTap if is_single else _TapsOnImage, builds_weight)
+        return _Way(settings, kernel, margin, size, dense, _TapsOnInput, is_pointwise, builds_weight)
+    return _Way(settings, kernel, margin, size, dense, _OneTap if is_single else _TapsOnImage, is_pointwise, builds_weight)
 
 
 class _LowRankConv(torch.autograd.Function):
@@ -226,10 +233,26 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_A = taps.grad_A(spread)
     if needs_input:
         by = _effective(weight, lora_A, lora_B, ctx.scaling) if way.builds_weight else weight
-        grad_input = _convolution_backward(grad, input, by, way.settings, of_input=True)
+        grad_input = _grad_input(grad, input, by, way)
         if not way.builds_weight:
             taps.add_grad_input(grad_input, spread, mask)
     return grad_input, None, None, grad_A, grad_B, None, None, None
+
+
+def _grad_input(grad: Tensor, input: Tensor, weight: Tensor, way: _Way) -> Tensor:
+    """The gradient of a plain convolution's input.
+
+    On a CPU torch takes up to three times as long for it as for the product with the transposed weight, where there is a stride or an
+    image has few pixels, and never less. Elsewhere it has kernels of its own, as for other orders in memory.
+    """
+    if not (way.is_pointwise and grad.is_cpu and grad.is_contiguous()):
+        return _convolution_backward(grad, input, weight, way.settings, of_input=True)
+    pixels, matrix = _pixels(grad), weight.reshape(weight.shape[:2]).t()
+    images, channels, count = pixels.shape
+    if images < 2 or count > _FEW_PIXELS:
+        return _image(_spread_out(_product(matrix, pixels), way), way.dense)
+    together = matrix @ pixels.transpose(0, 1).reshape(channels, images * count)
+    return _image(_spread_out(together.view(len(matrix), images, count).transpose(0, 1), way), way.dense).contiguous()
 
 
 def _convolution_backward(grad: Tensor, input: Tensor, weight: Tensor, settings: _Settings, *, of_input: bool) -> Tensor:
@@ -248,6 +271,15 @@ def _pixels(image: Tensor) -> Tensor:
 def _image(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
     """The inverse of `_pixels`."""
     return pixels.reshape(*pixels.shape[:2], *size)
+
+
+def _spread_out(pixels: Tensor, way: _Way) -> Tensor:
+    """Pixels at the places that they have in the image at stride 1, which is zero elsewhere; `_at_stride` is the inverse."""
+    if way.size == way.dense:
+        return pixels
+    dense = pixels.new_zeros(*pixels.shape[:2], *way.dense)
+    dense[:, :, :: way.settings[0][0], :: way.settings[0][1]] = _image(pixels, way.size)
+    return _pixels(dense)
 
 
 def _product(matrix: Tensor, images: Tensor) -> Tensor:
@@ -308,12 +340,7 @@ class _OneTap:
 
     def spread(self, grad_hidden: Tensor) -> Tensor:
         """The gradient of each product."""
-        way = self.way
-        if way.size == way.dense:
-            return grad_hidden
-        dense = grad_hidden.new_zeros(*grad_hidden.shape[:2], *way.dense)
-        dense[:, :, :: way.settings[0][0], :: way.settings[0][1]] = _image(grad_hidden, way.size)
-        return _pixels(dense)
+        return _spread_out(grad_hidden, self.way)
 
     def grad_A(self, spread: Tensor) -> Tensor:
         """The gradient of A."""
