@@ -82,9 +82,14 @@ def times(thin: Tensor, scaling: float) -> Tensor:
     return thin if scaling == 1 else thin.mul_(scaling)
 
 
-def add_product(out: Tensor, left: Tensor, right: Tensor, mask: Tensor | None = None) -> None:
-    """Add ``left @ right`` to ``out`` in place, where the mask keeps it, if possible without a temporary of its size."""
+def add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float, mask: Tensor | None = None) -> None:
+    """Add ``scaling * left @ right`` to ``out`` in place, where the mask keeps it, if possible without a temporary of its size."""
     if mask is None and out.dtype == left.dtype:
-        out.addmm_(left, right)
+        out.addmm_(left, right, alpha=scaling)
     else:
-        out.add_(kept(left @ right, mask))
+        out.add_(kept(left @ right, mask), alpha=scaling)
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float, like: Tensor) -> Tensor:
+    """``scaling * left @ right`` in one call; ``like`` is any tensor of its shape, of which nothing is read."""
+    return torch.addmm(like, left, right, beta=0, alpha=scaling)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse, packed, times, unpacked
+from gift_lora_plugin.fusion import add_product, as_autocast, draw_mask, kept, may_fuse, packed, scaled_product, unpacked
 from gift_lora_plugin.lowrank import as_dtype, drop, own_precision
 
 #: Below these sizes a layer costs what its calls cost, not its arithmetic: numbers in the weight, and those times the tokens.
@@ -93,18 +93,18 @@ def _fused(
 def _mapped(
     input: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What the layer gives, and the thin product ``s A x^T``."""
+    """What the layer gives, and the thin product ``A x^T``."""
     output = F.linear(input, weight, bias)
-    hidden = times(F.linear(lora_A, _thin_rows(input, mask, lora_A)), scaling)
-    add_product(_rows(output), hidden.t(), lora_B.t())
+    hidden = F.linear(lora_A, _thin_rows(input, mask, lora_A))
+    add_product(_rows(output), hidden.t(), lora_B.t(), scaling)
     return output, hidden
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """One node for the layer, which keeps the input and the thin product ``s A x^T``.
+    """One node for the layer, which keeps the input and the thin product ``A x^T``.
 
-    A thin product is several times faster with its few rows first than with its few columns last, hence the transposes, and what has
-    full size is added to in place. Where the backward pass is itself differentiated, the thin product is computed again, because a
+    A thin product is several times faster with its few rows first than with its few columns last, hence the transposes; what has full
+    size is added to in place, and products scale as they go, because each call costs more than its numbers. Where the backward pass is itself differentiated, the thin product is computed again, because a
     kept one has no history.
     """
 
@@ -135,18 +135,18 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_input, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
     mask = unpacked(bits, input)
     grad_thin = as_dtype(grad, lora_B.dtype)
-    grad_hidden = times(F.linear(lora_B.t(), grad_thin), ctx.scaling)
+    grad_hidden = F.linear(lora_B.t(), grad_thin)
     grad_input = grad_A = grad_B = None
     if needs_input:
         grad_input = grad @ weight
-        add_product(grad_input, grad_hidden.t(), lora_A, mask=None if mask is None else _rows(mask))
+        add_product(grad_input, grad_hidden.t(), lora_A, ctx.scaling, None if mask is None else _rows(mask))
         grad_input = grad_input if input.dim() == 2 else grad_input.view(input.shape)
     if needs_A:
-        grad_A = grad_hidden @ _thin_rows(input, mask, lora_A)
+        grad_A = scaled_product(grad_hidden, _thin_rows(input, mask, lora_A), ctx.scaling, lora_A)
     if needs_B:
         if torch.is_grad_enabled():
-            hidden = times(F.linear(lora_A, _thin_rows(input, mask, lora_A)), ctx.scaling)
-        grad_B = (hidden @ grad_thin).t()
+            hidden = F.linear(lora_A, _thin_rows(input, mask, lora_A))
+        grad_B = scaled_product(hidden, grad_thin, ctx.scaling, lora_B.t()).t()
     return grad_input, None, None, grad_A, grad_B, None, None
 
 
