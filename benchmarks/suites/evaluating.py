@@ -32,7 +32,7 @@ TOLERANCE = 2e-3
 def tasks(settings: Settings) -> list[Task]:
     """One task per model."""
     models = (mlp(20), TABLE[0]) if settings.quick else TABLE[:4]
-    return [Task(f"eval {model.name}", 9, partial(measure, model, 4.0, settings)) for model in models]
+    return [Task(f"eval {model.name}", 15, partial(measure, model, 4.0, settings)) for model in models]
 
 
 def measure(model: Model, seconds: float, settings: Settings, record: Record) -> None:

@@ -25,10 +25,7 @@ def tasks(settings: Settings) -> list[Task]:
     layers = (20, 200) if settings.quick else LAYERS
     verbs: dict[str, Callable[[System, Path], Case]] = {"state_dict + load_state_dict": round_trip, "save + load file": file_round_trip}
     return [
-        *(
-            Task(f"growth of {verb} with layers", 10, partial(with_layers, verb, case, layers, settings))
-            for verb, case in verbs.items()
-        ),
+        *(Task(f"growth of {verb} with layers", 6, partial(with_layers, verb, case, layers, settings)) for verb, case in verbs.items()),
         *(Task(f"growth of {verb} with numbers", 4, partial(with_numbers, verb, case, settings)) for verb, case in verbs.items()),
         Task("growth of enabling with layers", 8, partial(enabling, layers, settings)),
     ]

@@ -29,10 +29,10 @@ def tasks(settings: Settings) -> list[Task]:
     """One task per verb."""
     model = mlp(60 if settings.quick else 600)
     timed = {
-        "state_dict + load_state_dict": (round_trip, 8),
-        "save + load file": (file_round_trip, 10),
-        "merge + unmerge": (merge_round_trip, 8),
-        f"switch {ADAPTERS} adapters": (switch, 25),
+        "state_dict + load_state_dict": (round_trip, 12),
+        "save + load file": (file_round_trip, 17),
+        "merge + unmerge": (merge_round_trip, 13),
+        f"switch {ADAPTERS} adapters": (switch, 28),
     }
     return [
         *(
@@ -40,10 +40,10 @@ def tasks(settings: Settings) -> list[Task]:
             for verb, (case, seconds) in timed.items()
         ),
         *(
-            Task(f"file size, {model.name}", 2, partial(measure_file, model))
+            Task(f"file size, {model.name}", 1, partial(measure_file, model))
             for model in ((mlp(60),) if settings.quick else (mlp(60), TABLE[1], TABLE[2]))
         ),
-        *([] if settings.quick else [Task("merge + unmerge, resnet50", 6, partial(_merge_resnet, settings))]),
+        *([] if settings.quick else [Task("merge + unmerge, resnet50", 15, partial(_merge_resnet, settings))]),
     ]
 
 

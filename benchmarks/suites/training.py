@@ -22,7 +22,7 @@ def tasks(settings: Settings) -> list[Task]:
     """One task per model: check, then time at each number of threads."""
     if settings.quick:
         return [_task(mlp(20), 2, 0.5, settings), *(_task(model, 8, 1.0, settings) for model in (TABLE[0], TABLE[3]))]
-    plan = [(TABLE, 12.0, 12.0), (UNSEEN, 6.0, 6.0), (SEEN, 4.0, 4.0), (LARGE, 15.0, 8.0)]
+    plan = [(TABLE, 12.0, 12.0), (UNSEEN, 12.0, 6.0), (SEEN, 4.0, 4.0), (LARGE, 20.0, 8.0)]
     return [_task(model, before + 1.5 * seconds, seconds, settings) for models, before, seconds in plan for model in models]
 
 
