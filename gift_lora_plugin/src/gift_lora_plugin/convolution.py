@@ -123,12 +123,12 @@ def _convolved(
     mask: Tensor | None,
     way: _Way,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the layer gives, and the thin image ``s A x`` where there is one."""
+    """What the layer gives, and the thin image ``A x`` where there is one."""
     if way.builds_weight:
         return torch.conv2d(input, _effective(weight, lora_A, lora_B, scaling), bias, *way.settings), None
     output = torch.conv2d(input, weight, bias, *way.settings)
-    hidden = times(_thin(input, mask, lora_A, way).hidden(), scaling)
-    _add_product(output, lora_B, hidden)
+    hidden = _thin(input, mask, lora_A, way).hidden()
+    _add_product(output, lora_B, hidden, scaling)
     return output, hidden
 
 
@@ -224,18 +224,18 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     mask, way = unpacked(bits, input), ctx.way
     taps = _thin(input, mask, lora_A, way)
     grad_thin = as_dtype(_pixels(grad), lora_B.dtype)
-    spread = taps.spread(times(_product(lora_B.t(), grad_thin), ctx.scaling))
+    spread = taps.spread(_product(lora_B.t(), grad_thin))
     grad_input = grad_A = grad_B = None
     if needs_B:
-        hidden = times(taps.hidden(), ctx.scaling) if way.builds_weight or torch.is_grad_enabled() else hidden
-        grad_B = torch.bmm(hidden, grad_thin.transpose(1, 2)).sum(0).t()
+        hidden = taps.hidden() if way.builds_weight or torch.is_grad_enabled() else hidden
+        grad_B = times(torch.bmm(hidden, grad_thin.transpose(1, 2)).sum(0), ctx.scaling).t()
     if needs_A:
-        grad_A = taps.grad_A(spread)
+        grad_A = times(taps.grad_A(spread), ctx.scaling)
     if needs_input:
         by = _effective(weight, lora_A, lora_B, ctx.scaling) if way.builds_weight else weight
         grad_input = _grad_input(grad, input, by, way)
         if not way.builds_weight:
-            taps.add_grad_input(grad_input, spread, mask)
+            taps.add_grad_input(grad_input, spread, ctx.scaling, mask)
     return grad_input, None, None, grad_A, grad_B, None, None, None
 
 
@@ -287,13 +287,13 @@ def _product(matrix: Tensor, images: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(images.shape[0], -1, -1), images)
 
 
-def _add_product(image: Tensor, matrix: Tensor, thin: Tensor, mask: Tensor | None = None) -> None:
-    """Add a matrix times each thin image, ``(batch, channels, pixels)``, to an image in place."""
+def _add_product(image: Tensor, matrix: Tensor, thin: Tensor, scaling: float, mask: Tensor | None = None) -> None:
+    """Add the scaling times a matrix times each thin image, ``(batch, channels, pixels)``, to an image in place."""
     is_view = image.is_contiguous() or image.is_contiguous(memory_format=torch.channels_last)
     if mask is None and image.dtype == thin.dtype and is_view:
-        _pixels(image).baddbmm_(matrix.expand(thin.shape[0], -1, -1), thin)
+        _pixels(image).baddbmm_(matrix.expand(thin.shape[0], -1, -1), thin, alpha=scaling)
     else:
-        image.add_(kept(_product(matrix, thin).view(image.shape), mask))
+        image.add_(kept(_product(matrix, thin).view(image.shape), mask), alpha=scaling)
 
 
 def _thin(input: Tensor, mask: Tensor | None, lora_A: Tensor, way: _Way) -> _OneTap | _TapsOnInput | _TapsOnImage:
@@ -322,10 +322,10 @@ class _TapsOnInput:
         kernel = _convolution_backward(spread, self.input, self.kernel, self.way.settings, of_input=False)
         return kernel.reshape(self.kernel.shape[0], -1)
 
-    def add_grad_input(self, grad_input: Tensor, spread: Tensor, mask: Tensor | None) -> None:
+    def add_grad_input(self, grad_input: Tensor, spread: Tensor, scaling: float, mask: Tensor | None) -> None:
         """Add the update's part to the gradient of the input, in place."""
         image = _convolution_backward(spread, self.input, self.kernel, self.way.settings, of_input=True)
-        grad_input.add_(kept(image, mask))
+        grad_input.add_(kept(image, mask), alpha=scaling)
 
 
 class _OneTap:
@@ -346,9 +346,9 @@ class _OneTap:
         """The gradient of A."""
         return torch.bmm(spread, self.pixels.transpose(1, 2)).sum(0)
 
-    def add_grad_input(self, grad_input: Tensor, spread: Tensor, mask: Tensor | None) -> None:
+    def add_grad_input(self, grad_input: Tensor, spread: Tensor, scaling: float, mask: Tensor | None) -> None:
         """Add the update's part to the gradient of the input, in place."""
-        _add_product(grad_input, self.taps.t(), spread, mask)
+        _add_product(grad_input, self.taps.t(), spread, scaling, mask)
 
     def _at_stride(self, pixels: Tensor) -> Tensor:
         way = self.way

@@ -77,9 +77,9 @@ def kept(tensor: Tensor, mask: Tensor | None) -> Tensor:
     return tensor if mask is None else tensor * mask
 
 
-def times(thin: Tensor, scaling: float) -> Tensor:
-    """A thin product, which nobody else holds, times the scaling, in place; the call costs more than its numbers."""
-    return thin if scaling == 1 else thin.mul_(scaling)
+def times(gradient: Tensor, scaling: float) -> Tensor:
+    """The gradient of a factor, which nobody else holds, times the scaling, in place; the call costs more than its numbers."""
+    return gradient if scaling == 1 else gradient.mul_(scaling)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float, mask: Tensor | None = None) -> None:
