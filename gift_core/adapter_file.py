@@ -46,7 +46,7 @@ from gift_core.record import (
     tuned_root,
     tuning_of,
 )
-from gift_core.reparameterization import adoptions_of, method_name
+from gift_core.reparameterization import adoptions_of, method_name, unsaved_settings
 from gift_core.selection import no_regular_expressions
 from gift_core.state_dict import moved_buffers
 from gift_core.strategy import FineTuningStrategy, strategy_from_config
@@ -74,8 +74,8 @@ def save_adapter(module: nn.Module, path: str | os.PathLike[str]) -> AdapterInfo
         What the file says of itself.
 
     Raises:
-        StateError: if the model is not tuned, a layer that was tuned is no longer in it, or something trains, or came in the place of a
-            part of the base, that tuning does not know: the file could not bring it back.
+        StateError: if the model is not tuned, a layer that was tuned is no longer in it, or something trains, came in the place of a
+            part of the base or was set on a layer that tuning does not know: the file could not bring it back.
         AdapterFileError: if a trained tensor holds NaN; the message names it.
         AdapterWriteError: if the file cannot be written; what was there is intact.
     """
@@ -256,10 +256,17 @@ def _adapter_tensors(root: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Te
     if gone := {*tuning.trained, *tuning.adapter} - own.keys():
         raise StateError(left_the_model(gone, "not saved"))
     _refuse_unknown(tuning, newcomers(tuning, walk_modules(root)), own)
+    if reasons := _unsaved(adopted_modules(root)):
+        raise StateError(f"not saved: {reasons[0]}.")
     tensors = _required_tensors(tuning, own)
     for key in sorted(moved_buffers(tuning) & {*tuning.statistics, *tuning.buffers}):
         tensors[key] = own[key]
     return tensors
+
+
+def _unsaved(adopted: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """Of layers that no file can bring back as they are: which, and why."""
+    return [f"{name or 'the root'}: {reason}" for name, module in adopted for reason in unsaved_settings(module)]
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -417,6 +424,7 @@ def _mismatches(root: nn.Module, own: Mapping[str, Tensor], info: AdapterInfo, p
     if (sites := _sites(adopted)) != info.sites:
         only = [sorted(set(a) - set(b)) for a, b in ((info.sites, sites), (sites, info.sites))]
         problems.append(f"other sites are adapted: in the file alone {only[0] or 'none'}, in the model alone {only[1] or 'none'}")
+    problems += _unsaved(adopted)
     required = set(_required_tensors(tuning, own))
     allowed = required | ({*tuning.statistics, *tuning.buffers} & own.keys())
     problems += [f"missing: {key}" for key in sorted(required - tensors.keys())]

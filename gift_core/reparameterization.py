@@ -10,7 +10,7 @@ Nothing here knows strategies, caps or how a model is walked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -77,6 +77,13 @@ class Reparameterization(_Mixin):
     def reparameterize(self, weight: Tensor) -> Tensor:
         """Give the effective weight, of the same shape as the frozen ``weight``."""
         raise NotImplementedError
+
+    def unsaved(self) -> str | None:
+        """Say what of this layer no adapter file holds, because it is no tensor and not what ``init_parameters`` was told.
+
+        A model with such a layer is not saved, because the file would bring back another one. None if there is nothing, as for most.
+        """
+        return None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # a generated class cannot be found by name: name the classes it is made of instead
@@ -214,6 +221,14 @@ def effective_weight(module: nn.Module, name: str) -> Tensor:
     return _compute(method, owner, frozen, name)
 
 
+def unsaved_settings(module: nn.Module) -> Iterator[str]:
+    """What an adopted module's methods say no adapter file holds, see `Reparameterization.unsaved`."""
+    for name, method in adoptions_of(module):
+        owner: Any = module if name == "weight" else _scope_class(method)(module, f"{name}_")
+        if (reason := method.unsaved(owner)) is not None:
+            yield reason
+
+
 # --- generated classes
 
 
@@ -312,6 +327,11 @@ def _merged_property(name: str) -> property:
 
 
 def _compute(method: type[Reparameterization], owner: Any, frozen: Tensor, name: str) -> Tensor:
+    if _is_traced_symbolically():
+        raise SiteError(
+            f"torch.fx traces into the layer and would take its {name!r}, which is computed, for a constant: make the layer a leaf of "
+            "the tracer, as layers of torch.nn inside a model are, or merge_and_unload(model) first."
+        )
     device = frozen.device.type
     try:
         if _is_autocasting(device):
@@ -336,6 +356,17 @@ def _is_autocasting(device: str) -> bool:
     # a device that autocast does not know must not be asked, and torch 2.6 cannot compile the question whether it knows one
     knows = device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
     return knows and torch.is_autocast_enabled(device)
+
+
+#: Private to torch, so that a version without it must not break us: tracing there is as silent as torch makes it.
+_fx_traces: Callable[[], bool] = getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", lambda: False)
+
+
+def _is_traced_symbolically() -> bool:
+    """Whether `torch.fx.symbolic_trace` or the like runs, and not what traces the operators themselves, as ``make_fx`` does."""
+    if torch.compiler.is_compiling() or not _fx_traces():
+        return False
+    return torch.fx.experimental.proxy_tensor.get_proxy_mode() is None
 
 
 def _merged_name(name: str) -> str:

@@ -114,7 +114,7 @@ def _tune(plan: TuningPlan, replace_parameter_function: bool, trainable_state_di
             changes=before.changes_since(),
             flags=before.flags,
             originals=originals,
-            has_originals=keep_originals or not any(parameter.requires_grad for _, _, _, parameter in base.parameters),
+            has_originals=keep_originals or not any(map(_needs_original, base.parameters)),
             **classify_keys(tuned, base.ids()),
         )
         set_tuning(module, tuning)
@@ -310,16 +310,22 @@ def _apply(plan: TuningPlan, base: Inventory, keep_originals: bool) -> list[Orig
             if parameter.requires_grad != trains:
                 _refuse_disagreement(action, trains)
     if keep_originals:
-        trained = [item for item in base.parameters if item[3].requires_grad]
+        trained = filter(_needs_original, base.parameters)
         originals += [Original(module, name, key, _copy(parameter), False) for key, module, name, parameter in _once(trained)]
     return originals
+
+
+def _needs_original(item: NamedTensor) -> bool:
+    """Whether a parameter of the base moves while the model is tuned: it trains, or torch rescales it wherever it is read."""
+    _, module, _, parameter = item
+    return parameter.requires_grad or (isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None)
 
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _once(tensors: list[NamedTensor]) -> Iterator[NamedTensor]:
+def _once(tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
     seen: set[int] = set()
     for item in tensors:
         if id(item[3]) not in seen:

@@ -441,6 +441,25 @@ def test_originals_are_not_needed_where_the_base_is_frozen() -> None:
 # --- what users do in between
 
 
+@pytest.mark.parametrize("kinds", [("Linear",), ("Linear", "Embedding")], ids=["frozen", "adapted"])
+def test_a_table_that_torch_rescales_comes_back(kinds: tuple[str, ...]) -> None:
+    """With ``max_norm`` a forward pass writes into the table: what the tuned model and the base model write is apart."""
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(6, 4, max_norm=0.3), nn.Linear(4, 2)).eval(), torch.arange(6)
+    before = [tensor_bytes(parameter) for parameter in model.parameters()]
+
+    enable_fine_tuning(model, FineTuningStrategy([(is_instance(*kinds), reparameterize(Delta), {"start": 0.1})]))
+    tuned = model(tokens)
+    disable_fine_tuning(model)
+
+    assert [tensor_bytes(parameter) for parameter in model.parameters()] == before
+
+    enable_fine_tuning(model, FineTuningStrategy([(is_instance(*kinds), reparameterize(Delta), {"start": 0.1})]))
+    with tuning_disabled(model):
+        model(tokens)
+    assert torch.equal(model(tokens), tuned)
+
+
 def test_a_users_changes_survive_disabling() -> None:
     """A hook, a mode, an attribute and a child that came while tuned are still there."""
     model = cnn()

@@ -71,6 +71,18 @@ def test_svd_in_half_precision_keeps_the_dtype() -> None:
     torch.testing.assert_close((lora_B @ lora_A).double(), weighted_sum(parts, [1.0, 1.0]), rtol=0, atol=0.1)
 
 
+def test_svd_is_not_rounded_by_autocast() -> None:
+    """The products of the decomposition keep their precision, whatever is computed around them."""
+    torch.manual_seed(0)
+    given = [Update(torch.randn(16, 2), torch.randn(2, 12), 1.0) for _ in range(2)]
+    expected = combine_svd(given, [1.0, 1.0], 4)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        got = combine_svd(given, [1.0, 1.0], 4)
+
+    assert all(map(torch.equal, got, expected))
+
+
 def test_linear_is_its_formula() -> None:
     """Factors are summed with the square roots of weight times scaling; a negative sign goes to B."""
     parts = updates()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -549,3 +550,43 @@ def test_an_empty_weight_is_refused() -> None:
 
     with pytest.raises(SiteError, match=r"shape \(3, 0\)"):
         _enable(layer)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.01])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Linear(512, 256), (64, 512)),
+        (lambda: nn.Linear(512, 32), (4, 512)),
+        (lambda: nn.Conv2d(256, 512, 3, padding=1), (2, 256, 4, 4)),
+        (lambda: nn.Conv2d(256, 512, 1), (2, 256, 4, 4)),
+        (lambda: nn.Conv2d(64, 8, 3), (2, 64, 24, 24)),
+        (lambda: nn.Conv1d(256, 512, 3), (2, 256, 8)),
+    ],
+    ids=["Linear", "small Linear", "Conv2d", "pointwise", "large images", "Conv1d"],
+)
+def test_a_large_scaling_leaves_half_precision_finite(layer: Callable[[], nn.Module], shape: tuple[int, ...], dropout: float) -> None:
+    """What float16 has no room for, the scaling times the thin product, is never formed: B is zero, and the layer as it was."""
+    torch.manual_seed(0)
+    base = layer().half()
+    x = (torch.randn(shape) * 300).half()
+    expected = base(x)
+    model = nn.Sequential(base)
+    enable_fine_tuning(model, LoRAAllFineTuningStrategy(rank=1, lora_alpha=4096, lora_dropout=dropout))
+
+    given = model(x.requires_grad_())
+    gradients = torch.autograd.grad(given.float().mean(), [x, *model.parameters()])
+
+    assert expected.isfinite().all()
+    assert torch.equal(given, expected)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_conv1d_of_transformers_keeps_the_name_of_its_input() -> None:
+    """Its input is called ``x``, and a model may say so."""
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
+    layer, x = utils.Conv1D(3, 4), torch.randn(2, 4)
+    expected = layer(x=x)
+    _enable(layer)
+
+    assert torch.equal(layer(x=x), expected)

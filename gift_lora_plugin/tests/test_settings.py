@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from gift_core import adopt, enable_fine_tuning, plan_fine_tuning
-from gift_core.errors import GiftError, SiteError
+from gift_core import adopt, enable_fine_tuning, load_adapter, plan_fine_tuning, save_adapter
+from gift_core.errors import AdapterMismatchError, GiftError, SiteError, StateError
 from gift_lora_plugin import LoRA, LoRAAllFineTuningStrategy
 from gift_lora_plugin.settings import scaling_of, settings_of
 
@@ -51,6 +52,25 @@ def test_a_setting_that_is_written_is_the_layers_own() -> None:
     torch.testing.assert_close(update, 0.5 * model[0].lora_B @ model[0].lora_A)
     assert model[1].lora_scaling == 1.0
     assert model[1].lora_settings is settings_of(model[1], "weight", (6, 6), rank=2, alpha=2)
+
+
+def test_a_setting_that_is_written_keeps_the_model_from_a_file(tmp_path: Path) -> None:
+    """A file holds what the strategy says, so that saving, and loading into such a model, is refused by name; set back, it is not."""
+    model, path = tuned(rank=2, lora_alpha=2), tmp_path / "adapter"
+    save_adapter(model, path)
+
+    model[0].lora_scaling = 0.5
+    model[0].lora_dropout = 0.25
+
+    with pytest.raises(StateError, match="not saved: 0: its lora_scaling"):
+        save_adapter(model, tmp_path / "other")
+    with pytest.raises(AdapterMismatchError, match="0: its lora_scaling"):
+        load_adapter(model, path)
+    assert not (tmp_path / "other").exists()
+
+    model[0].lora_scaling, model[0].lora_dropout = 1.0, 0.0
+    save_adapter(model, tmp_path / "other")
+    load_adapter(model, path)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])

@@ -12,7 +12,14 @@ from low_rank import LowRankStrategy
 from models import cnn, mlp
 from torch import Tensor, nn
 
-from gift_core import FineTuningStrategy, FullFineTuningStrategy, disable_fine_tuning, enable_fine_tuning, merge_strategies
+from gift_core import (
+    FineTuningStrategy,
+    FullFineTuningStrategy,
+    disable_fine_tuning,
+    enable_fine_tuning,
+    merge_strategies,
+    save_adapter,
+)
 from gift_core.factories import is_instance, name_is, replace_module
 from gift_lora_plugin import LoRAAdapterSet, LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy, lora_plus_param_groups
 
@@ -183,6 +190,34 @@ def _traces(model: Any, _: Path) -> Any:
         disable_fine_tuning(model)
 
 
+class ReadsParameter(nn.Module):
+    """A parameter that its module reads itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.table
+
+
+def _traces_parameter(model: Any, _: Path) -> Any:
+    enable_fine_tuning(model, _lora(parameters="table"))
+    try:
+        return torch.fx.symbolic_trace(model)
+    finally:
+        disable_fine_tuning(model)
+
+
+def _saves_own_scaling(model: Any, folder: Path) -> Any:
+    enable_fine_tuning(model, _lora())
+    model[0].lora_scaling = 7.0
+    try:
+        return save_adapter(model, folder / "adapter")
+    finally:
+        disable_fine_tuning(model)
+
+
 class OwnLinear(nn.Linear):
     """A Linear layer with a forward of its own."""
 
@@ -208,7 +243,19 @@ LORA_CASES: list[Case] = [
     ("groups of a plain model", tuned(), lambda m, _: lora_plus_param_groups(m, 0.1), "has no LoRA"),
     ("groups without a rate", tuned(), lambda m, _: lora_plus_param_groups(m, 0), "lr"),
     ("groups of no ratio", tuned(), lambda m, _: lora_plus_param_groups(m, 0.1, ratio=float("nan")), "ratio"),
+    ("groups of no model", tuned(), lambda m, _: lora_plus_param_groups(5, 0.1), "int"),  # type: ignore[arg-type]
+    ("groups of a rate beyond all floats", tuned(), lambda m, _: lora_plus_param_groups(m, 10**400), "lr"),
+    ("LoRA of an alpha beyond all floats", mlp, enabling(lambda: _lora(lora_alpha=10**400)), "lora_alpha"),
+    ("LoRA of an alpha beyond single precision", mlp, enabling(lambda: _lora(lora_alpha=1e300)), "lora_alpha"),
+    ("a trace into a module that reads its parameter", ReadsParameter, prepared(_traces_parameter), "'table'"),
+    ("save a setting of a layer's own", mlp, prepared(_saves_own_scaling), "lora_scaling"),
     ("combine by no method", mlp, _combining(_lora(), method="x"), "'x'"),
+    ("combine by a list of methods", mlp, _combining(_lora(), method=["svd"]), "['svd']"),
+    ("combine names without weights", mlp, _combining(_lora(), weights=["a"]), "['a']"),
+    ("combine what has no name", mlp, _combining(_lora(), weights={("a",): 1.0}), "('a',)"),
+    ("combine by a number beyond all floats", mlp, _combining(_lora(), weights={"a": 10**400}), "'a'"),
+    ("combine with a density that is text", mlp, _combining(_lora(), method="ties", density="0.5"), "'0.5'"),
+    ("combine with a generator that is none", mlp, _combining(_lora(), method="dare", generator=3), "got 3"),
     ("combine complex signs", lambda: nn.Linear(4, 4, dtype=torch.complex64), _combining(_lora(), method="ties"), "'ties'"),
     ("sample by a text", mlp, _within(_answers, "a"), "'a'"),
     ("sample by a number", mlp, _within(_answers, ("a", 3)), "got 3"),  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from gift_lora_plugin.combined_strategy import combined_strategy, difference_of
 from gift_lora_plugin.combining import METHODS, REAL_ONLY, SAME_RANK, Factors, Update, combine_parameters
 from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.mixture import Mixture, Survey
+from gift_lora_plugin.parameters import is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LoRAAdapterSet(AdapterSet):
                 (statistics of a normalisation), or trains what is neither its factors nor the base's; the message names it and the
                 reason.
         """
-        _check(weights, method, rank, density)
+        _check(weights, method, rank, density, generator)
         name = "-".join([method, *weights]) if name is None else name
         self._refuse_name(name)
         config = self._common_config(list(weights))
@@ -234,18 +234,20 @@ def _site(place: str, key: str, module: nn.Module, prefix: str) -> _Site:
 _OPTIONS: dict[str, tuple[str, ...]] = {"ties": ("density",), "dare": ("density", "generator"), "svd": ("rank",)}
 
 
-def _check(weights: Mapping[str, float], method: str, rank: int | None, density: float) -> None:
-    if method not in METHODS:
+def _check(weights: Mapping[str, float], method: str, rank: int | None, density: float, generator: torch.Generator | None) -> None:
+    if not isinstance(method, str) or method not in METHODS:
         raise ParameterError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
-    if not weights:
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(name, str) for name in weights):
         raise ParameterError(f'weights must name at least one adapter, as in {{"a": 0.7, "b": 0.3}}, got {weights!r}.')
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_number(weight):
             raise ParameterError(f"the weight of {name!r} must be a finite number, got {weight!r}.")
     if rank is not None and (method != "svd" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ParameterError(f"rank is a whole number from 1 up, for method 'svd' alone, got {rank!r} for {method!r}.")
-    if not 0 < density <= 1:
-        raise ParameterError(f"density must be in (0, 1], got {density!r}.")
+    if not (is_number(density) and 0 < density <= 1):
+        raise ParameterError(f"density must be a number in (0, 1], got {density!r}.")
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise ParameterError(f"generator must be a torch.Generator, or None for torch's own, got {generator!r}.")
 
 
 def _check_names(names: object) -> None:

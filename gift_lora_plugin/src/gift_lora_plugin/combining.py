@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gift_lora_plugin.lowrank import own_precision
+
 
 class Update(NamedTuple):
     """One low-rank update: ``scaling * lora_B @ lora_A``."""
@@ -48,7 +50,11 @@ def combine_svd(updates: Sequence[Update], weights: Sequence[float], rank: int) 
 
     Source: Eckart and Young 1936, doi:10.1007/BF02288367.
     """
-    lora_B, lora_A = combine_cat(updates, weights)
+    with own_precision(updates[0].lora_B.device.type):
+        return _truncated(*combine_cat(updates, weights), rank)
+
+
+def _truncated(lora_B: Tensor, lora_A: Tensor, rank: int) -> Factors:
     wide = torch.promote_types(lora_B.dtype, torch.float32)
     # the product is never built: the decomposition of R_B R_A^T, small and square, is that of B A in the bases of both
     q_B, r_B = torch.linalg.qr(lora_B.to(wide))

@@ -104,8 +104,9 @@ class _LowRankLinear(torch.autograd.Function):
     """One node for the layer, which keeps the input and the thin product ``A x^T``.
 
     A thin product is several times faster with its few rows first than with its few columns last, hence the transposes; what has full
-    size is added to in place, and products scale as they go, because each call costs more than its numbers. Where the backward pass is itself differentiated, the thin product is computed again, because a
-    kept one has no history.
+    size is added to in place. The scaling comes with the sums: to multiply by it takes a call more, and in half precision ``s A x^T``
+    may be beyond all numbers where ``s B A x^T`` is not. Where the backward pass is itself differentiated, the thin product is computed
+    again, because a kept one has no history.
     """
 
     @staticmethod

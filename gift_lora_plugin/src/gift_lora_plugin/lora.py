@@ -53,7 +53,7 @@ class LoRA(Reparameterization):
         lora_B_init, lora_A_init: the factors at the start, persistent buffers; with ``pissa`` and ``olora`` alone.
         lora_settings: what is no tensor, one `Settings` for all layers that are adapted alike.
         lora_scaling, lora_dropout, lora_layout, lora_init, lora_dora: what these settings say of ``weight``; one that is set is this
-            layer's own from then on.
+            layer's own from then on, and no adapter file can hold it: saving refuses it.
 
     Source: Hu et al. 2022, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2; DoRA: Liu et al.
     2024, arXiv:2402.09353, equations 5 and 11; PiSSA: arXiv:2404.02948; OLoRA: arXiv:2406.01775; LoRA-FA: Zhang et al. 2023,
@@ -140,6 +140,14 @@ class LoRA(Reparameterization):
         if dora:
             # the very computation of the forward pass, so that the quotient of the two is exactly 1
             self.register_parameter("lora_magnitude", nn.Parameter(settings.layout.output_norms(self._constant_direction(weight))))
+
+    def unsaved(self) -> str | None:
+        if self.lora_settings == (self.lora_settings.given or self.lora_settings):
+            return None
+        return (
+            "its lora_scaling, lora_dropout or another setting was set on the layer itself, and a file holds what the strategy says: "
+            "say it there, as by lora_alpha, alpha_pattern or dropout_pattern"
+        )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         r"""B and A whose product is the update, apart from the scaling, whatever they started from.
@@ -238,6 +246,10 @@ class TransposedLinearLoRA(LinearLoRA):
     """LoRA on transformers' Conv1D, a linear layer whose weight is ``(in, out)``."""
 
     _holds_transposed = True
+
+    def forward(self, x: Tensor) -> Tensor:  # so Conv1D calls its input
+        """Map ``(..., in)`` to ``(..., out)``."""
+        return super().forward(x)
 
     def _matrix(self) -> Tensor:
         return super()._matrix().t()

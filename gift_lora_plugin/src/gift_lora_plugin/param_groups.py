@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 
-from gift_core.errors import ParameterError, StateError
+from gift_core.errors import ModelError, ParameterError, StateError
 from gift_lora_plugin.lora import LoRA
+from gift_lora_plugin.parameters import is_number
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -35,13 +35,16 @@ def lora_plus_param_groups(
 
     Raises:
         ParameterError: if a rate or the ratio is no finite number above zero.
+        ModelError: if ``model`` is no `torch.nn.Module`.
         StateError: if the model has no LoRA that trains.
 
     Source: Hayou et al. 2024, arXiv:2402.12354, section 4.
     """
     for name, value in (("lr", lr), ("ratio", ratio), ("embedding_lr", 1.0 if embedding_lr is None else embedding_lr)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        if not is_number(value) or value <= 0:
             raise ParameterError(f"{name} must be a finite number above zero, got {value!r}.")
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"lora_plus_param_groups needs a tuned torch.nn.Module, got {type(model).__name__}: pass the model itself.")
     kinds = _kinds(model, split_embeddings=embedding_lr is not None)
     if not any(kind != "base" for kind in kinds.values()):
         raise StateError(f"this {type(model).__name__} has no LoRA that trains: call enable_fine_tuning(model, 'lora') first.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -17,6 +16,9 @@ from gift_lora_plugin.lowrank import CONV_LAYOUTS
 
 #: In which type an adapter is kept; None is the weight's own.
 ADAPTER_DTYPES = (None, "float32")
+
+#: The largest number of single precision, to which torch converts what a tensor of less than double precision is multiplied by.
+LARGEST = 3.4028234663852886e38
 
 #: Rules of the form pattern -> value, as JSON data; the first pattern that matches a site wins.
 PatternRules = Mapping[str, Any]
@@ -54,8 +56,9 @@ def _check_rules(name: str, rules: object) -> None:
         _check(_BY_PATTERN[name], f"{name}[{pattern!r}]", value)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that torch can multiply a tensor by."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _one_of(choices: Sequence[str | None]) -> tuple[Callable[[Any], bool], str]:
@@ -75,8 +78,8 @@ _TRUTH: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, boo
 
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number from 1 up"),
-    "lora_alpha": (lambda value: value is None or _is_number(value), "a finite number or None for the rank"),
-    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
+    "lora_alpha": (lambda value: value is None or is_number(value), "a finite number or None for the rank"),
+    "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
     "train_bias": _TRUTH,
     "conv_layout": _one_of(CONV_LAYOUTS),
     "use_rslora": _TRUTH,

@@ -32,6 +32,7 @@ class Settings:
         dropout: the dropout probability.
         init: where the factors start, one of `INITIALIZATIONS`.
         dora: whether a magnitude is learnt apart from the direction.
+        given: what the strategy gave, where something was set on the layer itself since; no part of the value.
     """
 
     layout: Layout
@@ -39,6 +40,7 @@ class Settings:
     dropout: float
     init: str
     dora: bool
+    given: Settings | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 def settings_of(
@@ -121,6 +123,7 @@ def shared_setting(name: str) -> Any:
         return getattr(layer.lora_settings, name)
 
     def write(layer: Any, value: Any) -> None:
-        layer.lora_settings = dataclasses.replace(layer.lora_settings, **{name: value})
+        now = layer.lora_settings
+        layer.lora_settings = dataclasses.replace(now, **{name: value}, given=now.given or now)
 
     return property(read, write)
