@@ -45,7 +45,7 @@ from gift_core.errors import (
     StateError,
 )
 from gift_lora_plugin import LoRAAllFineTuningStrategy, LoRALinearFineTuningStrategy
-from gift_lora_plugin.peft_config import alpha_for, alphas, anchored, config_data, config_from
+from gift_lora_plugin.peft_config import alpha_for, alphas, anchored, config_data, config_from, ranks
 from gift_lora_plugin.peft_files import PEFT, export_peft, import_peft, load_peft
 from gift_lora_plugin.peft_layers import refusal
 from gift_lora_plugin.settings import scaling_of
@@ -222,6 +222,25 @@ def test_starts_from_the_weight_that_peft_did_not_convert(
     load_adapter(base, tmp_path / "ours.safetensors")
 
     assert torch.equal(base(x), answer)
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_of_fewer_directions_than_the_rank_keeps_pefts_scaling(start: str, rslora: bool, tmp_path: Path) -> None:
+    """Where a weight has fewer directions than the configured rank, the scaling is that of the configured rank, as in PEFT."""
+    base = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 8))
+    config = peft.LoraConfig(
+        r=5, lora_alpha=7, target_modules=["0", "2", "3"], rank_pattern={"3": 2}, init_lora_weights=start, use_rslora=rslora
+    )
+    theirs = stir(peft.get_peft_model(copy.deepcopy(base), config)).eval()
+    theirs.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    again, x = with_peft(base, tmp_path), torch.randn(5, 6)
+
+    load_peft(base, tmp_path)
+
+    assert [base[at].lora_A.shape[0] for at in (0, 2, 3)] == [4, 3, 2]  # type: ignore[union-attr, index]
+    assert_close(base.eval()(x), theirs(x))
+    assert_close(base(x), again(x))
 
 
 class TiedHead(nn.Module):
@@ -914,12 +933,17 @@ NAME = st.text("ab1_.-", min_size=1, max_size=6).filter(lambda name: ".." not in
 
 @given(st.lists(NAME, min_size=1, max_size=6, unique=True), st.lists(NAME, min_size=1, max_size=6, unique=True), st.booleans())
 @settings(deadline=None, max_examples=200, derandomize=True)
-def test_alpha_patterns_match_as_in_peft(keys: list[str], names: list[str], anchor: bool) -> None:
+def test_patterns_match_as_in_peft(keys: list[str], names: list[str], anchor: bool) -> None:
     """A key that is a name, an end of a name, or one that we wrote, matches exactly where PEFT's regular expression does."""
     pattern = {(anchored(key) if anchor and at % 2 else key): float(at + 1) for at, key in enumerate(keys)}
     found = alphas(config_from({"peft_type": "LORA", "lora_alpha": 0.5, "alpha_pattern": pattern}), names)
 
     assert found == {name: pattern.get(get_pattern_key(pattern, name), 0.5) for name in names}
+
+    whole = {key: int(value) for key, value in pattern.items()}
+    said = ranks(config_from({"peft_type": "LORA", "r": 99, "rank_pattern": whole}), names)
+
+    assert said == {name: whole.get(get_pattern_key(whole, name), 99) for name in names}
 
 
 @given(st.lists(st.text(min_size=1, max_size=8).filter(lambda name: "\n" not in name), min_size=2, max_size=6, unique=True))

@@ -26,7 +26,7 @@ from gift_core.errors import (
     ParameterError,
 )
 from gift_lora_plugin import LoRAAllFineTuningStrategy
-from gift_lora_plugin.peft_config import alphas, config_from
+from gift_lora_plugin.peft_config import alphas, config_from, ranks
 from gift_lora_plugin.peft_directory import MAX_HEADER_BYTES
 from gift_lora_plugin.peft_files import export_peft, load_peft
 from gift_lora_plugin.peft_source import _site_problem
@@ -140,6 +140,11 @@ def test_broken_json_is_refused(folder: Path, text: str | bytes) -> None:
         ({"bias": "some"}, "bias is 'some'"),
         ({"alpha_pattern": {"fc": None}}, "alpha_pattern is"),
         ({"alpha_pattern": ["fc"]}, "alpha_pattern is"),
+        ({"r": "2"}, "r is '2'; it must be a whole number from 1 up"),
+        ({"r": 0}, "r is 0; it must be"),
+        ({"rank_pattern": {"fc": 2.5}}, "rank_pattern is .*names with whole numbers"),
+        ({"r": 16}, "fc: lora_A has rank 2, and the configuration says 16"),
+        ({"rank_pattern": {"^fc": 3}}, "fc: lora_A has rank 2, and the configuration says 3"),
         ({"modules_to_save": "head"}, "modules_to_save is 'head'"),
         ({"use_dora": "yes"}, "use_dora is 'yes'"),
         ({"lora_bias": True}, "lora_bias: the factor B has a bias"),
@@ -287,6 +292,29 @@ def test_a_real_regular_expression_is_refused(key: str) -> None:
 
     with pytest.raises(AdapterFormatError, match="alpha_pattern"):
         alphas(config, ["fc", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaac"])
+
+    config = config_from({"peft_type": "LORA", "r": 4, "rank_pattern": {key: 1}})
+    assert ranks(config, ["fc"]) == {}  # what the tensors say is not checked then
+    config = config_from({"peft_type": "LORA", "r": 4, "rank_pattern": {key: 1}, "init_lora_weights": "pissa"})
+    with pytest.raises(AdapterFormatError, match="rank_pattern"):
+        ranks(config, ["fc"])
+
+
+@pytest.mark.parametrize("change", [{"r": None}, {"rank_pattern": {"f.*": 7}}], ids=str)
+def test_a_rank_that_the_configuration_does_not_tell_is_the_tensors(folder: Path, change: dict[str, Any]) -> None:
+    """Without a rank, or with one by a real regular expression, the shapes of the factors stand alone, and load."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    assert load_peft(Net().double(), folder).layers == 2
+
+
+def test_a_start_of_fewer_directions_is_no_other_rank(folder: Path) -> None:
+    """Factors with fewer rows than the configuration says are a start's where the weight has no more directions, and else an error."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 8, "init_lora_weights": "olora", "rank_pattern": {"conv": 2}}))
+
+    refused(folder, AdapterMismatchError, r"fc: lora_A has rank 2, and .* says 8, of which a weight of shape \(6, 6\) has 6")
 
 
 # --- places that are no files, and files that are too much

@@ -1,8 +1,8 @@
 r"""What stands in ``adapter_config.json``: reading it, and writing it for exactly our sites.
 
 Patterns in that file are regular expressions, and a file may come from anybody. What we write is anchored and escaped; what we read is
-never compiled: the layers are told by the keys of the tensors, the ranks by their shapes, and a key of ``alpha_pattern`` is
-compared as text (see `alphas`).
+never compiled: the layers are told by the keys of the tensors, the ranks by their shapes, and a key of ``alpha_pattern`` or
+``rank_pattern`` is compared as text (see `alphas`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from gift_core.errors import AdapterFileError, AdapterFormatError
 from gift_lora_plugin.peft_problems import as_lines
@@ -19,15 +19,17 @@ from gift_lora_plugin.peft_problems import as_lines
 #: ``re.escape`` of our names plus ``^``; a longer key is refused.
 MAX_PATTERN_LENGTH = 1000
 
+_Value = TypeVar("_Value")
+
 #: Keys that say where an adapter comes from, how it was initialised, or which layers it was made for: the tensors tell the same.
 _DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
+    "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 _READ = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
-    "use_dora", "use_rslora",
+    "rank_pattern", "use_dora", "use_rslora",
 }  # fmt: skip
 #: Keys that change what is computed, and have no form here.
 _REFUSED = {
@@ -63,6 +65,8 @@ class PeftConfig:
         dora: whether there are magnitudes.
         bias: ``none``, ``all`` or ``lora_only``.
         modules_to_save: endings of the names of modules that are trained in full.
+        rank: of layers that ``rank_pattern`` does not match; None where the configuration is silent.
+        rank_pattern: keys and ranks, the first match wins.
         start: ``pissa`` or ``olora`` where the factors count from what the base weight gives, else None.
     """
 
@@ -73,6 +77,8 @@ class PeftConfig:
     dora: bool
     bias: str
     modules_to_save: tuple[str, ...]
+    rank: int | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     start: str | None = None
 
 
@@ -104,16 +110,19 @@ def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConf
         dora=bool(data.get("use_dora")),
         bias=data.get("bias", "none"),
         modules_to_save=tuple(data.get("modules_to_save") or ()),
+        rank=data.get("r"),
+        rank_pattern=data.get("rank_pattern") or {},
         start=None if "init_lora_weights" in ignored else _made_anew(data),
     )
 
 
 def _malformed(data: Mapping[str, Any]) -> list[str]:
-    pattern = data.get("alpha_pattern") or {}
     checks = {
+        "r": (data.get("r") is None or _is_rank(data["r"]), "a whole number from 1 up"),
         "lora_alpha": (_is_number(data.get("lora_alpha", 8)), "a finite number"),
         "lora_dropout": (_is_number(p := data.get("lora_dropout") or 0.0) and 0 <= p < 1, "a number in [0, 1)"),
-        "alpha_pattern": (isinstance(pattern, dict) and all(map(_is_number, pattern.values())), "names with finite numbers"),
+        "alpha_pattern": (_is_pattern(data.get("alpha_pattern"), _is_number), "names with finite numbers"),
+        "rank_pattern": (_is_pattern(data.get("rank_pattern"), _is_rank), "names with whole numbers from 1 up"),
         "bias": (data.get("bias", "none") in ("none", "all", "lora_only"), "none, all or lora_only"),
         "modules_to_save": (_is_names(data.get("modules_to_save") or []), "a list of names"),
         "use_rslora": (isinstance(data.get("use_rslora", False), bool), "true or false"),
@@ -153,12 +162,31 @@ def alphas(config: PeftConfig, names: Sequence[str]) -> dict[str, float]:
     Raises:
         AdapterFormatError: if a key is another kind of regular expression, or there are many more keys than layers.
     """
-    if len(config.alpha_pattern) > len(names) + MAX_PATTERN_LENGTH:
-        raise AdapterFormatError(
-            f"alpha_pattern has {len(config.alpha_pattern):,} keys for {len(names):,} layers: leave out those that match none."
-        )
-    keys = [_parsed(key) for key in config.alpha_pattern]
-    values = list(config.alpha_pattern.values())
+    found = _by_pattern("alpha_pattern", config.alpha_pattern, names)
+    return {name: found.get(name, config.alpha) for name in names}
+
+
+def ranks(config: PeftConfig, names: Sequence[str]) -> dict[str, int]:
+    """The rank that the configuration says of each layer; a layer of which it cannot be told is left out.
+
+    Raises:
+        AdapterFormatError: as `alphas` does, where a start is made anew, whose scaling is that of the rank in the configuration.
+    """
+    try:
+        found = _by_pattern("rank_pattern", config.rank_pattern, names)
+    except AdapterFormatError:
+        if config.start is not None:
+            raise
+        return {}  # the tensors have the ranks, and this would only have checked them
+    rest = {} if config.rank is None else dict.fromkeys(names, config.rank)
+    return rest | found
+
+
+def _by_pattern(pattern: str, values: Mapping[str, _Value], names: Sequence[str]) -> dict[str, _Value]:
+    """The value of the first key that matches, for each name that one matches."""
+    if len(values) > len(names) + MAX_PATTERN_LENGTH:
+        raise AdapterFormatError(f"{pattern} has {len(values):,} keys for {len(names):,} layers: leave out those that match none.")
+    keys = [_parsed(pattern, key) for key in values]
     by_text: dict[str, int] = {}
     by_length: dict[int, list[int]] = {}
     for index, key in enumerate(keys):
@@ -166,12 +194,14 @@ def alphas(config: PeftConfig, names: Sequence[str]) -> dict[str, float]:
             by_length.setdefault(len(key.text), []).append(index)
         else:
             by_text.setdefault(f"^{key.text}" if key.anchored else key.text, index)
+    in_order = list(values.values())
     result = {}
     for name in names:
         ends = [name, *(name[at + 1 :] for at, character in enumerate(name) if character == ".")]
         found = [by_text[end] for end in (f"^{name}", *ends) if end in by_text]
         found += [index for end in ends for index in by_length.get(len(end), ()) if keys[index].matches(end, end is name)]
-        result[name] = values[min(found)] if found else config.alpha
+        if found:
+            result[name] = in_order[min(found)]
     return result
 
 
@@ -189,10 +219,10 @@ class _Key:
         )
 
 
-def _parsed(key: str) -> _Key:
+def _parsed(pattern: str, key: str) -> _Key:
     if len(key) > MAX_PATTERN_LENGTH:
         raise AdapterFormatError(
-            f"a key of alpha_pattern has {len(key)} characters; {MAX_PATTERN_LENGTH} are allowed: write the names of layers."
+            f"a key of {pattern} has {len(key)} characters; {MAX_PATTERN_LENGTH} are allowed: write the names of layers."
         )
     rest, anchored = key.removeprefix("^"), key.startswith("^")
     text: list[str] = []
@@ -200,9 +230,9 @@ def _parsed(key: str) -> _Key:
     escaped = False
     for character in rest.removesuffix("$") if not rest.endswith("\\$") else rest:
         if escaped and (character.isalnum() or character == "_"):
-            raise _real_regex(key)
+            raise _real_regex(pattern, key)
         if not escaped and character in "*+?[](){}|^$":
-            raise _real_regex(key)
+            raise _real_regex(pattern, key)
         if not escaped and character == "\\":
             escaped = True
             continue
@@ -211,13 +241,13 @@ def _parsed(key: str) -> _Key:
         text.append(character)
         escaped = False
     if escaped or not text:
-        raise _real_regex(key)
+        raise _real_regex(pattern, key)
     return _Key("".join(text), frozenset(wild), anchored)
 
 
-def _real_regex(key: str) -> AdapterFormatError:
+def _real_regex(pattern: str, key: str) -> AdapterFormatError:
     return AdapterFormatError(
-        f"alpha_pattern has the key {_shown(key)}, a regular expression, and none from a file is ever run: replace it by the "
+        f"{pattern} has the key {_shown(key)}, a regular expression, and none from a file is ever run: replace it by the "
         "names, or the ends of the names, of the layers that it means."
     )
 
@@ -293,6 +323,14 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63 and math.isfinite(value)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value) and value > 0
+
+
+def _is_pattern(value: object, allowed: Callable[[object], bool]) -> bool:
+    return not value or (isinstance(value, dict) and all(map(allowed, value.values())))
 
 
 def _is_names(value: object) -> bool:

@@ -1,7 +1,7 @@
 """From the files of PEFT to a tuned model, or to an adapter file.
 
-The tensors say which layers are adapted and at which rank; nothing in the files is run, imported or compiled. Everything is checked
-before the model is touched, and every problem is reported at once.
+The tensors say which layers are adapted and at which rank, and the configuration may not say otherwise; nothing in the files is run,
+imported or compiled. Everything is checked before the model is touched, and every problem is reported at once.
 """
 
 from __future__ import annotations
@@ -30,10 +30,21 @@ from gift_core import (
 )
 from gift_core.errors import AdapterMismatchError, AdapterWriteError, StateError
 from gift_lora_plugin.parameters import literal_pattern
-from gift_lora_plugin.peft_config import PeftConfig, alphas, config_from
+from gift_lora_plugin.peft_config import PeftConfig, alpha_for, alphas, config_from, ranks
 from gift_lora_plugin.peft_directory import PREFIX, TENSORS_FILE, Conversion, read_config_file, read_tensors_file
-from gift_lora_plugin.peft_layers import EMBEDDING_KEYS, MAGNITUDE_KEY, PLAIN_KEYS, Factors, from_peft, misfits, refusal, start_refusal
+from gift_lora_plugin.peft_layers import (
+    EMBEDDING_KEYS,
+    MAGNITUDE_KEY,
+    PLAIN_KEYS,
+    Factors,
+    from_peft,
+    misfits,
+    refusal,
+    start_refusal,
+    weight_shape,
+)
 from gift_lora_plugin.peft_problems import as_lines
+from gift_lora_plugin.settings import scaling_of
 from gift_lora_plugin.strategies import LoRAAllFineTuningStrategy
 
 #: The name that PEFT gives an adapter unless told otherwise; its saved keys leave it out, those of a whole state dict have it.
@@ -224,6 +235,7 @@ def _is_bias_of(key: str, sites: Mapping[str, Any]) -> bool:
 
 def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> Iterator[str]:
     holders = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
+    said = ranks(config, [name for name in content.sites if name in modules])
     for name, tensors in content.sites.items():
         if name not in modules:
             yield f"{_named(name)}: the model has no such layer"
@@ -231,6 +243,7 @@ def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Mod
             yield f"{name}: {reason}"
         else:
             wrong = misfits(modules[name], tensors, config.dora) or _wrong_numbers(tensors)
+            wrong = wrong or _wrong_rank(modules[name], tensors, said.get(name), config.start)
             yield from (f"{name}: {problem}" for problem in wrong)
             yield from () if wrong else _too_wide(name, tensors, modules[name])
     own = model.state_dict()
@@ -271,6 +284,16 @@ def _start_refusal(module: nn.Module, config: PeftConfig, holders: Mapping[int, 
     return None if config.start is None else start_refusal(module, config.start, is_tied=holders[id(_weight(module))] > 1)
 
 
+def _wrong_rank(module: nn.Module, tensors: Mapping[str, Tensor], said: int | None, start: str | None) -> list[str]:
+    rank = from_peft(module, tensors).rank
+    # a start made anew has as many directions as the weight, however many more the configuration asks for
+    allowed = said if said is None or start is None else min(said, *weight_shape(module))
+    if allowed in (rank, None):
+        return []
+    most = "" if allowed == said else f", of which a weight of shape {weight_shape(module)} has {allowed}"
+    return [f"lora_A has rank {rank}, and the configuration says {said}{most}"]
+
+
 def _wrong_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
     problems = [f"{_named(key)} is of {tensor.dtype}" for key, tensor in tensors.items() if tensor.is_complex()]
     return problems + [f"{_named(key)} holds NaN or infinity" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -295,7 +318,7 @@ def _weight(module: nn.Module) -> Tensor:
 def _strategy(
     config: PeftConfig, factors: Mapping[str, Factors], content: _Content, modules: Mapping[str, nn.Module]
 ) -> FineTuningStrategy:
-    alpha = alphas(config, list(factors))
+    alpha = _alphas(config, factors)
     groups: dict[_Group, list[str]] = {}
     for name, update in factors.items():
         module = modules[name]
@@ -324,6 +347,17 @@ def _strategy(
     if full:
         strategies.append(FullFineTuningStrategy(targets=[literal_pattern(key) for key in full]))
     return strategies[0] if len(strategies) == 1 else merge_strategies(strategies)
+
+
+def _alphas(config: PeftConfig, factors: Mapping[str, Factors]) -> dict[str, float]:
+    """The numerators that give PEFT's scaling at the ranks of the factors.
+
+    PEFT scales by the rank in the configuration, also where a start made anew has fewer directions than that.
+    """
+    found, said = alphas(config, list(factors)), ranks(config, list(factors))
+    fewer = {name: rank for name, rank in said.items() if rank != factors[name].rank}
+    scalings = {name: scaling_of(rank, found[name], config.rslora) for name, rank in fewer.items()}
+    return found | {name: alpha_for(scaling, factors[name].rank, config.rslora) for name, scaling in scalings.items()}
 
 
 def _variant(config: PeftConfig, group: _Group) -> dict[str, Any]:
