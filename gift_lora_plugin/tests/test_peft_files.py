@@ -418,6 +418,43 @@ def test_a_layer_in_two_places_is_refused(tmp_path: Path) -> None:
         export_peft(model, tmp_path / "peft")
 
 
+def test_files_for_a_layer_in_two_places_are_refused(tmp_path: Path) -> None:
+    """PEFT adapts a shared layer where it found it first and nowhere else, so that its files are refused by the layer's name."""
+    base = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    base.append(base[0])
+    theirs = saved_by_peft(base, tmp_path, target_modules=["0", "2"])
+
+    assert type(theirs.base_model.model[3]) is nn.Linear
+    with pytest.raises(AdapterMismatchError, match="0: the layer stands in several places") as caught:
+        load_peft(base, tmp_path)
+    assert "2: " not in str(caught.value)
+    assert type(base[0]) is nn.Linear
+
+
+class SharedBlock(nn.Module):
+    """One block in two places, with a layer that stands in the block alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))  # type: ignore[no-any-return]
+
+
+def test_a_layer_of_a_block_in_two_places_goes_both_ways(tmp_path: Path) -> None:
+    """PEFT replaces a layer inside of a shared block for both of the block's places, as it is done here."""
+    base, x = SharedBlock(), torch.randn(3, 4)
+    plain = copy.deepcopy(base)
+    theirs = saved_by_peft(base, tmp_path / "theirs", target_modules=["0"])
+
+    load_peft(base, tmp_path / "theirs")
+    export_peft(base, tmp_path / "ours")
+
+    assert_close(base.eval()(x), theirs(x))
+    assert_close(with_peft(plain, tmp_path / "ours")(x), base(x))
+
+
 class Scaled(nn.Module):
     """A parameter of its own, and a layer inside."""
 

@@ -39,6 +39,8 @@ from gift_lora_plugin.peft_layers import (
     Factors,
     from_peft,
     misfits,
+    place_refusal,
+    places_of,
     refusal,
     start_refusal,
     weight_shape,
@@ -235,11 +237,14 @@ def _is_bias_of(key: str, sites: Mapping[str, Any]) -> bool:
 
 def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> Iterator[str]:
     holders = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
+    places = places_of(modules.values())
     said = ranks(config, [name for name in content.sites if name in modules])
     for name, tensors in content.sites.items():
         if name not in modules:
             yield f"{_named(name)}: the model has no such layer"
-        elif (reason := refusal(modules[name]) or _start_refusal(modules[name], config, holders)) is not None:
+        elif reason := (
+            place_refusal(modules[name], places) or refusal(modules[name]) or _start_refusal(modules[name], config, holders)
+        ):
             yield f"{name}: {reason}"
         else:
             wrong = misfits(modules[name], tensors, config.dora) or _wrong_numbers(tensors)

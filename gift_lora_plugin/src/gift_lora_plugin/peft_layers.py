@@ -17,7 +17,8 @@ The facts about PEFT are those of its version 0.21, found by running it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,20 @@ def refusal(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm rescales the weight at each use, and PEFT rescales its factor A as well"
     return _conv_refusal(module) if isinstance(module, _CONVOLUTIONS) else None
+
+
+def places_of(modules: Iterable[nn.Module]) -> Counter[int]:
+    """In how many places each module stands, by its id.
+
+    Args:
+        modules: those of a model, each once.
+    """
+    return Counter(id(child) for module in modules for child in module._modules.values() if child is not None)
+
+
+def place_refusal(module: nn.Module, places: Mapping[int, int]) -> str | None:
+    """Why PEFT's adapter on a layer would not be at work wherever the layer is; None where it is."""
+    return "the layer stands in several places, and PEFT replaces it in one of them" if places[id(module)] > 1 else None
 
 
 def start_refusal(module: nn.Module, start: str, is_tied: bool) -> str | None:

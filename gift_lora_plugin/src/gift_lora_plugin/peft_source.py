@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from gift_core import AdapterInfo, Reparameterization, as_path, disable_fine_tuning, load_adapter, read_adapter_info, save_adapter
 from gift_core.errors import AdapterFileError, AdapterFormatError, AdapterMismatchError, StateError
 from gift_lora_plugin.lora import LoRA
-from gift_lora_plugin.peft_layers import Factors, is_fan_in_fan_out, refusal
+from gift_lora_plugin.peft_layers import Factors, is_fan_in_fan_out, place_refusal, places_of, refusal
 from gift_lora_plugin.settings import scaling_of
 
 #: What LoRA registers on a layer.
@@ -109,11 +108,11 @@ def _of_model(root: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], *,
     modules = dict(root.named_modules())
     if not info.sites.keys() <= modules.keys():
         raise StateError(f"{type(root).__name__} holds the tuned model inside: pass the tuned model itself.")
-    held = Counter(id(child) for module in modules.values() for child in module._modules.values() if child is not None)
+    places = places_of(modules.values())
     sites, problems = {}, []
     for name, weights in info.sites.items():
         module = modules[name]
-        reason = _site_problem(name, module, weights, held[id(module)])
+        reason = _site_problem(name, module, weights, places)
         if reason is None and isinstance(module, LoRA):
             sites[name] = Site(module, _factors(module), module.lora_scaling, module.lora_dropout)
         else:
@@ -126,7 +125,7 @@ def _rest(tensors: Mapping[str, Tensor], info: AdapterInfo) -> dict[str, Tensor]
     return {key: value for key, value in tensors.items() if not (key.rpartition(".")[0] in info.sites and key.endswith(_OWN))}
 
 
-def _site_problem(name: str, module: nn.Module, weights: Mapping[str, str], holders: int) -> str | None:
+def _site_problem(name: str, module: nn.Module, weights: Mapping[str, str], places: Mapping[int, int]) -> str | None:
     others = sorted(set(weights) - {"weight"})
     if other := sorted(set(weights.values()) - {LoRA.__name__}):
         return f"it is adapted with {', '.join(other)}"
@@ -136,8 +135,8 @@ def _site_problem(name: str, module: nn.Module, weights: Mapping[str, str], hold
         return f"its {listed(others)}: PEFT files have no form for it"
     if not name:
         return "PEFT replaces layers, and cannot replace the model itself"
-    if holders > 1:
-        return "the layer stands in several places, and PEFT replaces it in one of them"
+    if (reason := place_refusal(module, places)) is not None:
+        return reason
     if module.lora_layout.blocks is not None or module.lora_layout.transposed is not is_fan_in_fan_out(module):
         return "its weight is read as PEFT does not read it (parameter_layout)"
     weight = module._parameters["weight"]
