@@ -455,6 +455,48 @@ def test_a_layer_of_a_block_in_two_places_goes_both_ways(tmp_path: Path) -> None
     assert_close(with_peft(plain, tmp_path / "ours")(x), base(x))
 
 
+def encoder() -> nn.Module:
+    """A model whose layers `torch.nn.TransformerEncoderLayer` reads without calling them, and one that is called."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.ModuleDict({"layers": nn.ModuleList([layer]), "linear1": nn.Linear(8, 8)}).eval()
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2"])
+def test_what_an_encoder_layer_reads_without_a_call_is_refused(name: str, tmp_path: Path) -> None:
+    """PEFT's adapter is without effect on torch's fast path, where ours has one, so that both ways refuse it by name."""
+    base, x = encoder(), torch.randn(2, 3, 8)
+    theirs = saved_by_peft(base, tmp_path / "theirs", target_modules=[f"layers.0.{name}", "linear1"]).base_model.model
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, LoRAAllFineTuningStrategy(RANK, ALPHA, targets=[f"layers.0.{name}", "linear1"]))
+    with torch.no_grad():
+        assert torch.equal(theirs["layers"][0](x), base["layers"][0](x))  # type: ignore[index]
+        assert not torch.equal(stir(tuned)["layers"][0](x), base["layers"][0](x))  # type: ignore[index]
+
+    for error, refuses in (
+        (AdapterFormatError, lambda: export_peft(tuned, tmp_path / "ours")),
+        (AdapterMismatchError, lambda: load_peft(base, tmp_path / "theirs")),
+    ):
+        with pytest.raises(error, match=rf"layers.0.{name}: TransformerEncoderLayer reads its weight") as caught:
+            refuses()
+        assert "\n  linear1" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["linear1", "linear2", "out_proj"])
+def test_a_file_whose_layer_may_be_read_without_a_call_asks_for_the_model(name: str, tmp_path: Path) -> None:
+    """Without the model nothing tells whose layer it is, and with the model a layer of another owner goes."""
+    base = nn.Sequential()
+    base.add_module(name, nn.Linear(4, 4))
+    tuned = copy.deepcopy(base)
+    enable_fine_tuning(tuned, LoRALinearFineTuningStrategy(RANK))
+    save_adapter(stir(tuned), tmp_path / "a.safetensors")
+
+    with pytest.raises(AdapterFormatError, match="name the base model too"):
+        export_peft(tmp_path / "a.safetensors", tmp_path / "peft")
+    export_peft(tmp_path / "a.safetensors", tmp_path / "peft", model=base)
+
+    assert_same_model(tuned, with_peft(base, tmp_path / "peft"), torch.randn(2, 4))
+
+
 class Scaled(nn.Module):
     """A parameter of its own, and a layer inside."""
 

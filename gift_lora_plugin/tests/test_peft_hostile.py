@@ -448,4 +448,4 @@ LoRA = type("LoRA", (nn.Linear,), {"forward": nn.Linear.forward})
 
 def test_another_packages_method_of_that_name_is_told_apart() -> None:
     """A method that is called LoRA too, and is another's, is a reason that names where it is from."""
-    assert "it is adapted with the LoRA of " in str(_site_problem("fc", LoRA(3, 3), {"weight": "LoRA"}, {}))
+    assert "it is adapted with the LoRA of " in str(_site_problem("fc", {"fc": LoRA(3, 3)}, {"weight": "LoRA"}, {}))

@@ -243,7 +243,7 @@ def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Mod
         if name not in modules:
             yield f"{_named(name)}: the model has no such layer"
         elif reason := (
-            place_refusal(modules[name], places) or refusal(modules[name]) or _start_refusal(modules[name], config, holders)
+            place_refusal(name, modules, places) or refusal(modules[name]) or _start_refusal(modules[name], config, holders)
         ):
             yield f"{name}: {reason}"
         else:

@@ -35,6 +35,8 @@ EMBEDDING_KEYS = ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE_KEY = "lora_magnitude_vector"
 #: PEFT reads a magnitude with or without this, and writes it without; transformers' load_adapter finds it with this alone.
 MAGNITUDE_ENDING = ".weight"
+#: Layers of `torch.nn.TransformerEncoderLayer` whose weights its fast path reads.
+UNCALLED = ("linear1", "linear2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +85,21 @@ def places_of(modules: Iterable[nn.Module]) -> Counter[int]:
     return Counter(id(child) for module in modules for child in module._modules.values() if child is not None)
 
 
-def place_refusal(module: nn.Module, places: Mapping[int, int]) -> str | None:
-    """Why PEFT's adapter on a layer would not be at work wherever the layer is; None where it is."""
-    return "the layer stands in several places, and PEFT replaces it in one of them" if places[id(module)] > 1 else None
+def place_refusal(name: str, modules: Mapping[str, nn.Module], places: Mapping[int, int]) -> str | None:
+    """Why PEFT's adapter on a layer would not be at work wherever the layer is; None where nothing tells that.
+
+    Args:
+        name: of the layer, in full.
+        modules: those of the model, by name.
+        places: what `places_of` says of them.
+    """
+    if places[id(modules[name])] > 1:
+        return "the layer stands in several places, and PEFT replaces it in one of them"
+    owner, _, child = name.rpartition(".")
+    # torch leaves this path for a weight that trains, and takes it in eval mode without gradients
+    if child in UNCALLED and isinstance(modules[owner], nn.TransformerEncoderLayer):
+        return "TransformerEncoderLayer reads its weight without calling it in eval mode, and PEFT's adapter would have no effect there"
+    return None
 
 
 def start_refusal(module: nn.Module, start: str, is_tied: bool) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gift_core import AdapterInfo, Reparameterization, as_path, disable_fine_tuning, load_adapter, read_adapter_info, save_adapter
 from gift_core.errors import AdapterFileError, AdapterFormatError, AdapterMismatchError, StateError
 from gift_lora_plugin.lora import LoRA
-from gift_lora_plugin.peft_layers import Factors, is_fan_in_fan_out, place_refusal, places_of, refusal
+from gift_lora_plugin.peft_layers import UNCALLED, Factors, is_fan_in_fan_out, place_refusal, places_of, refusal
 from gift_lora_plugin.settings import scaling_of
 
 #: What LoRA registers on a layer.
@@ -112,7 +112,7 @@ def _of_model(root: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], *,
     sites, problems = {}, []
     for name, weights in info.sites.items():
         module = modules[name]
-        reason = _site_problem(name, module, weights, places)
+        reason = _site_problem(name, modules, weights, places)
         if reason is None and isinstance(module, LoRA):
             sites[name] = Site(module, _factors(module), module.lora_scaling, module.lora_dropout)
         else:
@@ -125,7 +125,8 @@ def _rest(tensors: Mapping[str, Tensor], info: AdapterInfo) -> dict[str, Tensor]
     return {key: value for key, value in tensors.items() if not (key.rpartition(".")[0] in info.sites and key.endswith(_OWN))}
 
 
-def _site_problem(name: str, module: nn.Module, weights: Mapping[str, str], places: Mapping[int, int]) -> str | None:
+def _site_problem(name: str, modules: Mapping[str, nn.Module], weights: Mapping[str, str], places: Mapping[int, int]) -> str | None:
+    module = modules[name]
     others = sorted(set(weights) - {"weight"})
     if other := sorted(set(weights.values()) - {LoRA.__name__}):
         return f"it is adapted with {', '.join(other)}"
@@ -135,7 +136,7 @@ def _site_problem(name: str, module: nn.Module, weights: Mapping[str, str], plac
         return f"its {listed(others)}: PEFT files have no form for it"
     if not name:
         return "PEFT replaces layers, and cannot replace the model itself"
-    if (reason := place_refusal(module, places)) is not None:
+    if (reason := place_refusal(name, modules, places)) is not None:
         return reason
     if module.lora_layout.blocks is not None or module.lora_layout.transposed is not is_fan_in_fan_out(module):
         return "its weight is read as PEFT does not read it (parameter_layout)"
@@ -153,7 +154,8 @@ def _of_file(path: Path) -> Adapter:
     info = read_adapter_info(path)
     tensors = _tensors(path)
     parameters = (info.strategy or {}).get("parameters", {})
-    unsure = [name for name in info.sites if name.rpartition(".")[2] == "out_proj"]  # it may be attention's, see `refusal`
+    # they may be attention's or an encoder layer's, see `refusal` and `place_refusal`
+    unsure = [name for name in info.sites if name.rpartition(".")[2] in ("out_proj", *UNCALLED)]
     biases = {f"{name}.bias" for name in info.sites}
     rest = _rest(tensors, info)
     if (info.strategy or {}).get("name") != _LINEAR or parameters.get("alpha_pattern") or unsure or not rest.keys() <= biases:
