@@ -270,6 +270,29 @@ def test_keys_without_prefix_and_with_the_adapters_name_are_read(folder: Path) -
     assert torch.equal(first.eval()(TOKENS), second.eval()(TOKENS))
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("fc.lora_A.weight", "fc.lora_A.default.weight"),
+        ("embed.lora_embedding_B", "embed.lora_embedding_B.default"),
+        ("fc.lora_magnitude_vector", "fc.lora_magnitude_vector.weight"),
+        ("fc.lora_magnitude_vector.default", "fc.lora_magnitude_vector.default.weight"),
+        ("head.weight", "head.modules_to_save.default.weight"),
+        ("head.modules_to_save.weight", "head.modules_to_save.default.weight"),
+        ("fc.bias", "fc.base_layer.bias"),
+        ("conv.weight", "conv.base_layer.weight"),
+    ],
+)
+def test_two_keys_of_one_tensor_are_refused(folder: Path, first: str, second: str) -> None:
+    """Two spellings of one tensor's key that hold different values are named, instead of the last one winning."""
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["head"], "bias": "all"}))
+    edit(folder, **{first: torch.zeros(2, 6), second: torch.ones(2, 6)})
+
+    said = refused(folder, AdapterMismatchError, "the file holds this tensor under another key too")
+    assert f"{first}: the file holds" in said or f"{second}: the file holds" in said
+
+
 def test_odd_names_are_taken_literally(tmp_path: Path) -> None:
     """Names that would mean something in a pattern, here or in PEFT, stand for themselves."""
     base = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("re:x", "a*", "ab", "a[b]", "(c)+", "c")})

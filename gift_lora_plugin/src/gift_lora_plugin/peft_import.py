@@ -64,7 +64,7 @@ class _Content:
         trained: values of the base model's own parameters and buffers, by key.
         copies: of the keys of ``trained`` those that PEFT trained in a copy of a module, with the module's name.
         base: values that the base model has to have, by key.
-        problems: keys that belong nowhere.
+        problems: keys that belong nowhere, or where another key belongs.
     """
 
     sites: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
@@ -72,6 +72,13 @@ class _Content:
     copies: dict[str, str] = dataclasses.field(default_factory=dict)
     base: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
+
+    def put(self, shelf: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> None:
+        """Put a tensor of the file on one of the shelves above, where it may lie already, under another spelling of its key."""
+        # with bias="all" PEFT itself writes the biases of modules_to_save under two keys, with the same values
+        if name in shelf and not _agree(shelf[name], tensor):
+            self.problems.append(f"{_named(key)}: the file holds this tensor under another key too, with other values")
+        shelf[name] = tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +179,7 @@ def _sorted(tensors: Mapping[str, Tensor], config: PeftConfig, model: nn.Module)
     own = model.state_dict()
     for key, tensor in tensors.items():
         if (found := _site_key(key)) is not None:
-            content.sites.setdefault(found[0], {})[found[1]] = tensor
+            content.put(content.sites.setdefault(found[0], {}), found[1], tensor, key)
         elif not _sort_base_key(key, tensor, config, own.keys(), content):
             content.problems.append(f"unexpected: {_named(key)}")
     if not content.sites:
@@ -196,23 +203,19 @@ def _sort_base_key(key: str, tensor: Tensor, config: PeftConfig, own: Iterable[s
     for copy in (f".{_SAVED_COPY}.{_ADAPTER_NAME}.", f".{_SAVED_COPY}."):
         name = name.replace(copy, ".", 1)
     if f".{_FROZEN_COPY}." in key:
-        content.base[name.replace(f".{_FROZEN_COPY}.", ".", 1)] = tensor  # what the trained copy started from
+        content.put(content.base, name.replace(f".{_FROZEN_COPY}.", ".", 1), tensor, key)  # what the trained copy started from
         return True
     owner, _, last = name.rpartition(".")
     if owner.endswith(".base_layer"):
         plain = f"{owner.removesuffix('.base_layer')}.{last}"
-        if last == "bias" and config.bias != "none":
-            content.trained[plain] = tensor
-        else:
-            content.base[plain] = tensor  # the frozen weight, written along where a vocabulary may have grown
+        # a frozen weight is written along where a vocabulary may have grown
+        content.put(content.trained if last == "bias" and config.bias != "none" else content.base, plain, tensor, key)
         return plain in own
     copied = _copied_module(owner, config.modules_to_save)
     if copied is not None:
         content.copies[name] = copied
-    if copied is not None or (last == "bias" and config.bias == "all"):
-        content.trained[name] = tensor
-    else:
-        content.base[name] = tensor
+    is_trained = copied is not None or (last == "bias" and config.bias == "all")
+    content.put(content.trained if is_trained else content.base, name, tensor, key)
     return name in own
 
 
