@@ -500,10 +500,10 @@ def test_a_file_whose_layer_may_be_read_without_a_call_asks_for_the_model(name: 
 class Scaled(nn.Module):
     """A parameter of its own, and a layer inside."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-        self.fc = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(width))
+        self.fc = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x) * self.scale  # type: ignore[no-any-return]
@@ -790,6 +790,59 @@ def test_modules_trained_in_full_have_a_form_or_are_refused(strategies: list[Any
     else:
         with pytest.raises(AdapterFormatError, match=reason):
             export_peft(tuned, tmp_path / "peft")
+
+
+class Mixed(nn.Module):
+    """Modules with parameters of their own and trained layers inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.scaled = nn.Sequential(Scaled(8))
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(self.scaled(self.first(x)))  # type: ignore[no-any-return]
+
+
+NESTED: dict[str, tuple[list[str], tuple[str, ...], str]] = {
+    "all of it": (["scaled.0"], ("scaled.0",), "none"),
+    "a parameter and the bias inside": (["scaled.0.scale", "scaled.0.fc.bias"], ("scaled.0",), "none"),
+    "that bias alone": (["scaled.0.fc.bias"], (), "all"),
+    "attention": (["encoder.self_attn"], ("encoder.self_attn",), "none"),
+    "attention and a bias elsewhere": (["encoder.self_attn", "encoder.linear2.bias"], ("encoder.self_attn",), "all"),
+    "both": (["encoder.self_attn", "scaled"], ("encoder.self_attn", "scaled.0"), "none"),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+def test_a_trained_module_with_trained_modules_inside_is_exported_as_one(case: str, tmp_path: Path) -> None:
+    """Where a module and one inside of it are trained, PEFT is told the outer one, of which it trains a copy, and loads it."""
+    targets, modules, bias = NESTED[case]
+    base, x = Mixed().double().eval(), torch.randn(2, 3, 8).double()
+    tuned = copy.deepcopy(base)
+    strategies = FullFineTuningStrategy(targets=targets), LoRAAllFineTuningStrategy(RANK, ALPHA, targets="first")
+    enable_fine_tuning(tuned, merge_strategies(strategies))
+
+    done = export_peft(stir(tuned), tmp_path)
+
+    assert (done.modules_to_save, done.bias) == (modules, bias)
+    assert_same_model(tuned, with_peft(base, tmp_path), x)
+
+
+@pytest.mark.parametrize("saved", ["scaled.0", "scaled", "encoder", "encoder.self_attn"])
+def test_a_module_that_peft_trained_goes_back_to_peft(saved: str, tmp_path: Path) -> None:
+    """What PEFT trained in full is loaded, exported again, and gives PEFT's answers there."""
+    base, x = Mixed().double().eval(), torch.randn(2, 3, 8).double()
+    plain = copy.deepcopy(base)
+    theirs = saved_by_peft(base, tmp_path / "theirs", target_modules=["first"], modules_to_save=[saved])
+
+    load_peft(base, tmp_path / "theirs")
+    export_peft(base, tmp_path / "ours")
+
+    again = with_peft(plain, tmp_path / "ours")
+    assert_close(again(x), theirs(x))
+    assert_same_model(base, again, x)
 
 
 def test_a_round_trip_gives_the_same_tensors(tmp_path: Path) -> None:

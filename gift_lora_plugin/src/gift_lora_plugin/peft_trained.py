@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -45,13 +45,23 @@ class InFull:
             owner, _, name = key.rpartition(".")
             owners.setdefault(owner, []).append(name)
         modules = dict(adapter.root.named_modules())
-        loose = {owner for owner, names in owners.items() if names == ["bias"] and _has_more(modules[owner])}
+        biases = {owner for owner, names in owners.items() if names == ["bias"] and _has_more(modules[owner])}
+        whole = _outermost(owners.keys() - biases)
+        loose = {owner for owner in biases if not _lies_in(owner, whole)}
         tensors |= {f"{owner}.bias": left[f"{owner}.bias"] for owner in loose}
-        whole = sorted(owners.keys() - loose)
         problems = [problem for name in whole for problem in _module_problems(adapter, name, modules, set(whole))]
         for name in whole:
             tensors |= {f"{name}.{key}": tensor for key, tensor in modules[name].state_dict().items()} if not problems else {}
         return cls("all" if loose else "lora_only" if own_biases else "none", whole, tensors, problems)
+
+
+def _outermost(names: Collection[str]) -> list[str]:
+    """Those that lie in no other: PEFT trains a copy of a module with all that is in it, and finds nothing inside once more."""
+    return sorted(name for name in names if not _lies_in(name, names))
+
+
+def _lies_in(name: str, others: Collection[str]) -> bool:
+    return any(name[:at] in others for at, character in enumerate(name) if character == ".")
 
 
 def _has_more(module: nn.Module) -> bool:
