@@ -529,6 +529,33 @@ def test_a_tied_module_trained_in_full_is_refused(tmp_path: Path) -> None:
         export_peft(model, tmp_path / "peft")
 
 
+@pytest.mark.parametrize(("place", "trained"), [("plain", "plain"), ("scaled.fc", "scaled")], ids=["itself", "a part"])
+def test_a_trained_module_in_two_places_is_refused(place: str, trained: str, tmp_path: Path) -> None:
+    """PEFT trains a copy in one of the places, so that a trained module, or a part of one, that stands in two is refused."""
+    base = nn.ModuleDict({"first": nn.Linear(4, 4), "scaled": Scaled(), "plain": nn.Linear(4, 4)})
+    base["again"] = base.get_submodule(place)
+    theirs = saved_by_peft(base, tmp_path / "theirs", target_modules=["first"], modules_to_save=[trained]).base_model.model
+    enable_fine_tuning(
+        base, merge_strategies(LoRAAllFineTuningStrategy(RANK, targets="first"), FullFineTuningStrategy(targets=trained))
+    )
+
+    assert type(theirs["again"]) is nn.Linear
+    with pytest.raises(AdapterFormatError, match=f"{trained} is trained in full, and it or a part of it stands in another place too"):
+        export_peft(base, tmp_path / "peft")
+
+
+def test_a_trained_module_in_a_block_in_two_places_goes_to_peft(tmp_path: Path) -> None:
+    """PEFT replaces a trained module inside of a shared block for both of the block's places, as it is done here."""
+    base, x = nn.Sequential(nn.Linear(4, 4), SharedBlock()), torch.randn(3, 4)
+    tuned = copy.deepcopy(base)
+    strategies = LoRAAllFineTuningStrategy(RANK, targets="0"), FullFineTuningStrategy(targets="1.first.0")
+    enable_fine_tuning(tuned, merge_strategies(strategies))
+
+    export_peft(stir(tuned), tmp_path)
+
+    assert_close(with_peft(base, tmp_path)(x), tuned.eval()(x))
+
+
 def test_a_tied_layer_is_exported_with_a_warning(tmp_path: Path) -> None:
     """PEFT answers with an adapted tied layer as we do; that it merges another model is told, and with the base untied it does not."""
     base = TiedHead()

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from gift_lora_plugin.peft_layers import places_of
 from gift_lora_plugin.peft_source import Adapter, listed
 
 #: PEFT calls a trained module in place of the original; it cannot replace a list.
@@ -83,11 +84,19 @@ def _module_problems(adapter: Adapter, name: str, modules: Mapping[str, nn.Modul
         yield f"{name} is trained in full, and PEFT would leave out {listed(inside)}, whose names hold that name"
     if others := [other for other in modules if other.endswith(name) and other not in whole]:
         yield f"{name} is trained in full, and PEFT would train {listed(others)} too, whose names end alike"
+    if _stands_elsewhere(module, modules.values()):
+        yield f"{name} is trained in full, and it or a part of it stands in another place too, where PEFT would leave it as it was"
     if tied := sorted(_tied(module, modules)):
         yield f"{name}: its {listed(tied)} is shared with another module, and PEFT would train a copy"
     absent = [key for key in module.state_dict() if f"{name}.{key}" not in adapter.rest]
     if absent and not adapter.knows_base:
         yield f"{name}: PEFT saves the whole module, and the file has no {listed(absent)}: give the model its base weights"
+
+
+def _stands_elsewhere(module: nn.Module, modules: Collection[nn.Module]) -> bool:
+    inside, everywhere = places_of(module.modules()), places_of(modules)
+    inside[id(module)] += 1  # the place that PEFT replaces
+    return any(everywhere[part] > places for part, places in inside.items())
 
 
 def _tied(module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
