@@ -319,6 +319,19 @@ def test_single_precision_factors_of_a_half_precision_base(tmp_path: Path) -> No
     assert all(torch.equal(ours[key], other[key]) and ours[key].dtype == other[key].dtype for key in ours)
 
 
+def test_single_precision_of_a_trained_module_is_rounded_as_in_peft(tmp_path: Path) -> None:
+    """A head that trained in single precision is rounded for a base in half precision, to what PEFT makes of it."""
+    base = nn.ModuleDict({"fc": nn.Linear(9, 7), "head": nn.Linear(7, 5)})
+    saved_by_peft(base, tmp_path, target_modules=["fc"], modules_to_save=["head"])
+    theirs = with_peft(base.bfloat16(), tmp_path).base_model.model["head"].modules_to_save["default"]
+
+    load_peft(base, tmp_path)
+
+    assert theirs.weight.dtype == torch.bfloat16
+    assert torch.equal(base["head"].weight, theirs.weight)
+    assert torch.equal(base["head"].bias, theirs.bias)
+
+
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 def test_the_numerator_of_any_scaling(rslora: bool) -> None:
     """The numerator gives the very scaling, or, where no number's quotient is that, one that is off by the last bit."""

@@ -176,6 +176,12 @@ def test_unknown_keys_may_be_passed_over(folder: Path) -> None:
     assert load_peft(model, folder, ignore=["on"]).layers == 2
 
 
+def says(folder: Path, **values: Any) -> None:
+    """Write entries of the configuration anew."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def edit(folder: Path, **changes: Tensor | None) -> None:
     """Write tensors of the file anew, under keys without PEFT's prefix; None takes one away."""
     file = folder / "adapter_model.safetensors"
@@ -215,6 +221,60 @@ def test_wider_numbers_than_the_adapters_are_refused(folder: Path) -> None:
     """Double precision in the file never becomes single precision in silence."""
     with pytest.raises(AdapterMismatchError, match=r"fc: lora_A.weight is of torch.float64, and would lose digits"):
         load_peft(Net(), folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", ["head.weight", "fc.base_layer.bias", "norm.running_var"])
+def test_wider_numbers_than_the_models_own_are_refused(folder: Path, key: str, dtype: torch.dtype) -> None:
+    """Double precision of a trained module or a bias never becomes single precision in silence, as that of a factor does not."""
+    model = Net().to(dtype)
+    single = {name: value.float() for name, value in load_file(folder / FILES[1]).items()}
+    save_file(single, folder / FILES[1])
+    says(folder, modules_to_save=["head", "norm"], bias="all")
+    place = key.replace(".base_layer", "")
+    value = torch.rand_like(model.state_dict()[place])
+    edit(folder, **{key: value.double()})
+
+    with pytest.raises(AdapterMismatchError, match=f"{place} is of torch.float64, and would lose digits"):
+        load_peft(model, folder)
+    edit(folder, **{key: value.float()})
+    load_peft(model, folder)
+
+    assert torch.equal(model.state_dict()[place], value)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("key", ["fc.lora_A.weight", "conv.lora_B.weight", "head.weight", "head.bias"])
+def test_numbers_of_another_kind_are_named(folder: Path, key: str, dtype: torch.dtype) -> None:
+    """Eight-bit floats, whole and complex numbers in the place of factors or trained values are problems, told with key and dtype."""
+    says(folder, modules_to_save=["head"])
+    shapes = {"fc.lora_A.weight": (2, 6), "conv.lora_B.weight": (6, 2, 1), "head.weight": (3, 6), "head.bias": (3,)}
+    edit(folder, **{key: torch.zeros(shapes[key]).to(dtype)})
+
+    where = key.replace(".lora", ": lora")
+    refused(folder, AdapterMismatchError, rf"{where} is of {dtype}; float16, bfloat16, float32 or float64 is needed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e5m2, torch.complex64], ids=str)
+def test_a_count_is_a_whole_number(folder: Path, dtype: torch.dtype) -> None:
+    """The integer buffers of a trained module are read from integers, and from nothing else."""
+    says(folder, modules_to_save=["norm"])
+    edit(folder, **{"norm.num_batches_tracked": torch.tensor(7, dtype=torch.int32)})
+    model = Net().double()
+    load_peft(model, folder)
+    assert model.norm.num_batches_tracked == 7
+
+    edit(folder, **{"norm.num_batches_tracked": torch.tensor(7.5).to(dtype)})
+    refused(folder, AdapterMismatchError, rf"norm.num_batches_tracked is of {dtype}; an integer or bool is needed")
+
+
+def test_a_frozen_weight_that_is_complex_is_another(folder: Path) -> None:
+    """A frozen weight in the file is compared with its imaginary part, too."""
+    edit(folder, **{"head.weight": torch.zeros(3, 6, dtype=torch.complex64)})
+
+    refused(folder, AdapterMismatchError, "head.weight is frozen, and the file holds other values")
 
 
 def test_every_problem_is_reported_at_once(folder: Path) -> None:

@@ -53,6 +53,8 @@ from gift_lora_plugin.strategies import LoRAAllFineTuningStrategy
 _ADAPTER_NAME = "default"
 _SAVED_COPY = "modules_to_save"
 _FROZEN_COPY = "original_module"
+#: Dtypes that torch computes in; in those of eight bits it does not even tell a NaN.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass
@@ -96,8 +98,9 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: It
 
     Convolutions get the layout ``out_as_h``, which is PEFT's. PiSSA and OLoRA that PEFT saved without converting them count from what
     the weights of ``model`` give, as they do where PEFT loads them; in half precision PEFT rounds what it leaves of the base, and the
-    base here is kept. Factors that the weight's dtype cannot hold are kept in float32, and the
-    model computes with them as ``adapter_dtype="float32"`` does.
+    base here is kept. Factors that the weight's dtype cannot hold are kept in float32, and the model computes with them as
+    ``adapter_dtype="float32"`` does. Biases and modules trained in full take the dtype that they have in ``model``: float32
+    is rounded to half precision, as by PEFT, and float64 is refused unless the model is in float64.
 
     Args:
         model: the base model, not tuned.
@@ -250,18 +253,23 @@ def _misfits(content: _Content, config: PeftConfig, modules: Mapping[str, nn.Mod
         ):
             yield f"{name}: {reason}"
         else:
-            wrong = misfits(modules[name], tensors, config.dora) or _wrong_numbers(tensors)
-            wrong = wrong or _wrong_rank(modules[name], tensors, said.get(name), config.start)
+            # a factor may be kept in single precision, whatever the weight is in
+            limit = torch.promote_types(_weight(modules[name]).dtype, torch.float32).to_real()
+            wrong = (
+                misfits(modules[name], tensors, config.dora)
+                or list(_wrong_numbers(tensors, dict.fromkeys(tensors, limit)))
+                or _wrong_rank(modules[name], tensors, said.get(name), config.start)
+            )
             yield from (f"{name}: {problem}" for problem in wrong)
-            yield from () if wrong else _too_wide(name, tensors, modules[name])
     own = model.state_dict()
     for key, tensor in {**content.trained, **content.base}.items():
         if key in own and tensor.shape != own[key].shape:
             yield f"{key} is {tuple(tensor.shape)} in the file, {tuple(own[key].shape)} in the model"
-    yield from _wrong_numbers(content.trained)
+    limits = _limits(content, own)
+    yield from _wrong_numbers({key: content.trained[key] for key in limits}, limits)
     yield from _torn_ties(content, model)
     for key, tensor in content.base.items():
-        if key in own and tensor.shape == own[key].shape and not torch.equal(tensor.to(own[key].dtype), own[key].cpu()):
+        if key in own and tensor.shape == own[key].shape and not _is_held(tensor, own[key]):
             yield f"{key} is frozen, and the file holds other values: load these into the base model first"
 
 
@@ -302,16 +310,29 @@ def _wrong_rank(module: nn.Module, tensors: Mapping[str, Tensor], said: int | No
     return [f"lora_A has rank {rank}, and the configuration says {said}{most}"]
 
 
-def _wrong_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
-    problems = [f"{_named(key)} is of {tensor.dtype}" for key, tensor in tensors.items() if tensor.is_complex()]
-    return problems + [f"{_named(key)} holds NaN or infinity" for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-
-
-def _too_wide(name: str, tensors: Mapping[str, Tensor], module: nn.Module) -> Iterator[str]:
-    limit = torch.promote_types(_weight(module).dtype, torch.float32)
+def _wrong_numbers(tensors: Mapping[str, Tensor], limits: Mapping[str, torch.dtype]) -> Iterator[str]:
+    """What of some tensors has no place where these dtypes are the widest."""
     for key, tensor in tensors.items():
-        if torch.promote_types(tensor.dtype, limit) != limit:
-            yield f"{name}: {key} is of {tensor.dtype}, and would lose digits: call model.to({tensor.dtype}) first"
+        dtype, limit = tensor.dtype, limits[key]
+        is_whole = not (limit.is_floating_point or limit.is_complex)
+        if (dtype.is_floating_point or dtype.is_complex) if is_whole else dtype not in _FLOATS:
+            needed = "an integer or bool" if is_whole else "float16, bfloat16, float32 or float64"
+            yield f"{_named(key)} is of {dtype}; {needed} is needed"
+        elif not torch.isfinite(tensor).all():
+            yield f"{_named(key)} holds NaN or infinity"
+        elif limit in _FLOATS and torch.promote_types(dtype, limit) != limit:
+            yield f"{_named(key)} is of {dtype}, and would lose digits: call model.to({dtype}) first"
+
+
+def _limits(content: _Content, own: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """The widest dtype for each value of the base model's own; half precision is rounded to, as it is where PEFT loads."""
+    dtypes = {key: own[key].dtype for key in content.trained if key in own}
+    return {key: torch.promote_types(dtype, torch.float32) if dtype in _FLOATS else dtype for key, dtype in dtypes.items()}
+
+
+def _is_held(tensor: Tensor, own: Tensor) -> bool:
+    is_cut = tensor.is_complex() and not own.is_complex()
+    return not is_cut and torch.equal(tensor.to(own.dtype), own.cpu())
 
 
 def _weight(module: nn.Module) -> Tensor:
