@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from gift_core.errors import (
 from gift_lora_plugin import LoRAAllFineTuningStrategy
 from gift_lora_plugin.peft_config import alphas, config_from, ranks
 from gift_lora_plugin.peft_directory import MAX_HEADER_BYTES
-from gift_lora_plugin.peft_files import export_peft, load_peft
+from gift_lora_plugin.peft_files import PEFT, export_peft, import_peft, load_peft
 from gift_lora_plugin.peft_source import _site_problem
 
 RANK, ALPHA = 2, 5.0
@@ -180,6 +181,31 @@ def says(folder: Path, **values: Any) -> None:
     """Write entries of the configuration anew."""
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("ignore", [3, [[1]], None, ["on", 3], [{}], True], ids=str)
+def test_what_is_ignored_is_named_by_keys(folder: Path, ignore: Any) -> None:
+    """Anything but a key or several is told with its value and what is allowed, before a file is read or written."""
+    model, adapter = Net().double(), folder / "a.safetensors"
+    says(folder, on=3)
+    message = re.escape(f"ignore must be a key of PEFT's configuration, or a list of keys, got {ignore!r}.")
+
+    with pytest.raises(ParameterError, match=message):
+        load_peft(model, folder / "not there", ignore=ignore)
+    with pytest.raises(ParameterError, match=message):
+        import_peft(folder, adapter, model, ignore=ignore)
+    with pytest.raises(ParameterError, match=message):
+        PEFT.import_(folder, adapter, model=model, ignore=ignore)
+    assert not adapter.exists()
+    assert type(model.fc) is nn.Linear
+
+
+@pytest.mark.parametrize("ignore", ["on", ["on"], ("on",), {"on"}, iter(["on"])], ids=lambda value: type(value).__name__)
+def test_one_key_or_several_are_ignored(folder: Path, ignore: Any) -> None:
+    """One key as text is that key, and no list of letters."""
+    says(folder, on=3)
+
+    assert load_peft(Net().double(), folder, ignore=ignore).layers == 2
 
 
 def edit(folder: Path, **changes: Tensor | None) -> None:

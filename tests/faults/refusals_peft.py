@@ -158,6 +158,7 @@ PEFT_CASES: list[Case] = [
     ("PEFT's tensors for another model", lambda: nn.Sequential(nn.Linear(3, 3)), _changed(_keep), "nothing was loaded"),
     ("PEFT's files into a tuned model", tuned(mlp), _changed(_keep), "tuned already"),
     ("PEFT's files of a number", mlp, lambda m, _: load_peft(m, 3), "got 3"),  # type: ignore[arg-type]
+    ("PEFT's files without what is no key", mlp, _changed(_keep, lambda m, p: load_peft(m, p, ignore=[3])), "ignore"),  # type: ignore[list-item]
     ("PEFT's files over a file", mlp, lambda m, f: _changed(_keep, lambda m, p: _importing(f, m, p))(m, f), "a.safetensors"),
     ("PEFT's files without a model", mlp, _changed(_keep, lambda m, p: PEFT.import_(p, p.parent / "a")), "--model"),
     ("export over files", lora, _exporting(_there), "choose another folder"),

@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from gift_core.errors import AdapterFileError, AdapterFormatError
+from gift_core.errors import AdapterFileError, AdapterFormatError, ParameterError
 from gift_lora_plugin.peft_problems import as_lines
 
 #: ``re.escape`` of our names plus ``^``; a longer key is refused.
@@ -82,7 +82,19 @@ class PeftConfig:
     start: str | None = None
 
 
-def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConfig:
+def keys_to_ignore(ignore: object) -> frozenset[str]:
+    """The keys that a caller wants passed over, from one key or several.
+
+    Raises:
+        ParameterError: if they are anything else.
+    """
+    keys = [ignore] if isinstance(ignore, str) else list(ignore) if isinstance(ignore, Iterable) else [ignore]
+    if not all(isinstance(key, str) for key in keys):
+        raise ParameterError(f"ignore must be a key of PEFT's configuration, or a list of keys, got {_shown(ignore)}.")
+    return frozenset(keys)
+
+
+def config_from(data: Mapping[str, Any], ignore: Collection[str] = ()) -> PeftConfig:
     """Check a configuration, and take from it what decides the computation.
 
     Args:
@@ -99,8 +111,7 @@ def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConf
         )
     if wrong := _malformed(data):
         raise AdapterFileError("the configuration is malformed; get a fresh copy.\n  " + as_lines(wrong))
-    ignored = set(ignore)
-    if reasons := _no_form(data, ignored):
+    if reasons := _no_form(data, ignore):
         raise AdapterFormatError("the configuration asks for what has no form here; load it with PEFT.\n  " + as_lines(reasons))
     return PeftConfig(
         alpha=data.get("lora_alpha", 8),
@@ -112,7 +123,7 @@ def config_from(data: Mapping[str, Any], ignore: Iterable[str] = ()) -> PeftConf
         modules_to_save=tuple(data.get("modules_to_save") or ()),
         rank=data.get("r"),
         rank_pattern=data.get("rank_pattern") or {},
-        start=None if "init_lora_weights" in ignored else _made_anew(data),
+        start=None if "init_lora_weights" in ignore else _made_anew(data),
     )
 
 
@@ -131,7 +142,7 @@ def _malformed(data: Mapping[str, Any]) -> list[str]:
     return [f"{key} is {_shown(data.get(key))}; it must be {allowed}" for key, (fine, allowed) in checks.items() if not fine]
 
 
-def _no_form(data: Mapping[str, Any], ignore: set[str]) -> list[str]:
+def _no_form(data: Mapping[str, Any], ignore: Collection[str]) -> list[str]:
     reasons = [f"{key}: {why}" for key, why in _REFUSED.items() if data.get(key) and key not in ignore]
     start = data.get("init_lora_weights", True)
     changes_base = isinstance(start, str) and start.lower().startswith(_BASE_CHANGING) and _made_anew(data) is None

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,14 @@ class PeftFormat:
         return done.to_dict()
 
     def import_(
-        self, source: Path, adapter: Path, *, model: nn.Module | None = None, force: bool = False, ignore: str | Sequence[str] = ()
+        self, source: Path, adapter: Path, *, model: nn.Module | None = None, force: bool = False, ignore: str | Iterable[str] = ()
     ) -> dict[str, Any]:
         """Write a folder of PEFT's files as an adapter file; see `import_peft`."""
         if model is None:
             raise StateError(
                 "an adapter file holds digests of its base model, so that reading PEFT's files needs it: name it with --model."
             )
-        keys = [ignore] if isinstance(ignore, str) else list(ignore)
-        return import_peft(source, adapter, model, ignore=keys, force=force).to_dict()
+        return import_peft(source, adapter, model, ignore=ignore, force=force).to_dict()
 
 
 PEFT = PeftFormat()

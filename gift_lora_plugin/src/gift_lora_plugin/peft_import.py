@@ -30,7 +30,7 @@ from gift_core import (
 )
 from gift_core.errors import AdapterMismatchError, AdapterWriteError, StateError
 from gift_lora_plugin.parameters import literal_pattern
-from gift_lora_plugin.peft_config import PeftConfig, alpha_for, alphas, config_from, ranks
+from gift_lora_plugin.peft_config import PeftConfig, alpha_for, alphas, config_from, keys_to_ignore, ranks
 from gift_lora_plugin.peft_directory import PREFIX, TENSORS_FILE, Conversion, read_config_file, read_tensors_file
 from gift_lora_plugin.peft_layers import (
     EMBEDDING_KEYS,
@@ -93,7 +93,7 @@ class _Group:
     wide: bool
 
 
-def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: Iterable[str] = ()) -> Conversion:
+def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: str | Iterable[str] = ()) -> Conversion:
     """Tune a plain model with the adapter in a folder of PEFT's files; PEFT itself is not needed.
 
     Convolutions get the layout ``out_as_h``, which is PEFT's. PiSSA and OLoRA that PEFT saved without converting them count from what
@@ -105,18 +105,20 @@ def load_peft(model: nn.Module, directory: str | os.PathLike[str], *, ignore: It
     Args:
         model: the base model, not tuned.
         directory: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        ignore: keys of the configuration that are to be passed over, though they may change what is computed.
+        ignore: a key of the configuration, or several, to be passed over, though they may change what is computed.
 
     Raises:
         AdapterFileError: if a file is missing, damaged or malformed. `AdapterFormatError` if the adapter is of another kind than
             LoRA, or asks for what LoRA here does not do; `AdapterMismatchError` if it does not fit the model. The model is as it was.
+        ParameterError: if ``ignore`` is no key and no list of keys.
         StateError: if the model is tuned already. `ModelError` if a part of it is scripted or lazy.
     """
+    passed_over = keys_to_ignore(ignore)
     if any(isinstance(child, Reparameterization) for child in model.modules()):
         raise StateError(f"this {type(model).__name__} is tuned already: call disable_fine_tuning(model) first.")
     plan_fine_tuning(model, FullFineTuningStrategy())  # refuses what no strategy can tune
     folder = as_path(directory)
-    config = config_from(read_config_file(folder), ignore)
+    config = config_from(read_config_file(folder), passed_over)
     tensors = read_tensors_file(folder)
     content = _sorted(_without_prefix(tensors), config, model)
     modules = dict(model.named_modules())
@@ -143,7 +145,7 @@ def import_peft(
     adapter_file: str | os.PathLike[str],
     model: nn.Module,
     *,
-    ignore: Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
     force: bool = False,
 ) -> Conversion:
     """Turn PEFT's files into an adapter file.
