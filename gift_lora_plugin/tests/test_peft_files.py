@@ -238,7 +238,7 @@ def test_a_start_of_fewer_directions_than_the_rank_keeps_pefts_scaling(start: st
 
     load_peft(base, tmp_path)
 
-    assert [base[at].lora_A.shape[0] for at in (0, 2, 3)] == [4, 3, 2]  # type: ignore[union-attr, index]
+    assert [base[at].lora_A.shape[0] for at in (0, 2, 3)] == [4, 3, 2]  # type: ignore[index]
     assert_close(base.eval()(x), theirs(x))
     assert_close(base(x), again(x))
 
@@ -548,9 +548,8 @@ def test_a_trained_module_in_two_places_is_refused(place: str, trained: str, tmp
     base = nn.ModuleDict({"first": nn.Linear(4, 4), "scaled": Scaled(), "plain": nn.Linear(4, 4)})
     base["again"] = base.get_submodule(place)
     theirs = saved_by_peft(base, tmp_path / "theirs", target_modules=["first"], modules_to_save=[trained]).base_model.model
-    enable_fine_tuning(
-        base, merge_strategies(LoRAAllFineTuningStrategy(RANK, targets="first"), FullFineTuningStrategy(targets=trained))
-    )
+    strategies = LoRAAllFineTuningStrategy(RANK, targets="first"), FullFineTuningStrategy(targets=trained)
+    enable_fine_tuning(base, merge_strategies(strategies))
 
     assert type(theirs["again"]) is nn.Linear
     with pytest.raises(AdapterFormatError, match=f"{trained} is trained in full, and it or a part of it stands in another place too"):

@@ -48,7 +48,7 @@ class InFull:
         modules = dict(adapter.root.named_modules())
         biases = {owner for owner, names in owners.items() if names == ["bias"] and _has_more(modules[owner])}
         whole = _outermost(owners.keys() - biases)
-        loose = {owner for owner in biases if not _lies_in(owner, whole)}
+        loose = {owner for owner in biases if not _lies_in(owner, set(whole))}
         tensors |= {f"{owner}.bias": left[f"{owner}.bias"] for owner in loose}
         problems = [problem for name in whole for problem in _module_problems(adapter, name, modules, set(whole))]
         for name in whole:
