@@ -10,7 +10,7 @@ import copy
 import fnmatch
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Model:
         leave: patterns of the names of layers that get no adapter.
         embedding: the layer whose output stands for the input where the input is no floating-point tensor.
         is_quick: whether building it takes no longer than copying it.
+        checked: a model of the same layers, and of fewer of them, on which equality is checked; None for the model itself.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Model:
     leave: tuple[str, ...] = ()
     embedding: str | None = None
     is_quick: bool = False
+    checked: Model | None = None
 
     def make(self) -> nn.Module:
         """The model, always with the same weights, in training mode."""
@@ -185,10 +187,10 @@ def _llama(width: int, layers: int, inner: int, vocabulary: int) -> nn.Module:
     )
 
 
-def _gpt2() -> nn.Module:
+def _gpt2(layers: int) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0))
 
 
 def _whisper() -> nn.Module:
@@ -239,27 +241,29 @@ TABLE = (
     mlp(600),
 )
 
+_GPT2 = Model(
+    "GPT-2 124M",
+    "transformers, the smallest GPT-2, 64 tokens, its Conv1D layers; equality is checked on two of its twelve blocks",
+    8,
+    lambda: _gpt2(12),
+    _tokens(1, 64, 50257),
+    _next_token,
+    leave=("lm_head",),
+    embedding="transformer.wte",
+)
+_LLAMA = Model(
+    "Llama 110M",
+    "transformers, 12 layers of 768, 64 tokens, Linear layers except the head; equality is checked on two of them",
+    8,
+    lambda: _llama(768, 12, 2048, 16000),
+    _tokens(1, 64, 16000),
+    _next_token,
+    leave=("lm_head",),
+    embedding="model.embed_tokens",
+)
 LARGE = (
-    Model(
-        "GPT-2 124M",
-        "transformers, the smallest GPT-2, 64 tokens, its Conv1D layers",
-        8,
-        _gpt2,
-        _tokens(1, 64, 50257),
-        _next_token,
-        leave=("lm_head",),
-        embedding="transformer.wte",
-    ),
-    Model(
-        "Llama 110M",
-        "transformers, 12 layers of 768, 64 tokens, Linear layers except the head",
-        8,
-        lambda: _llama(768, 12, 2048, 16000),
-        _tokens(1, 64, 16000),
-        _next_token,
-        leave=("lm_head",),
-        embedding="model.embed_tokens",
-    ),
+    replace(_GPT2, checked=replace(_GPT2, build=lambda: _gpt2(2))),
+    replace(_LLAMA, checked=replace(_LLAMA, build=lambda: _llama(768, 2, 2048, 16000))),
 )
 
 #: Chosen before anyone saw how fast they are, and not tuned for since.

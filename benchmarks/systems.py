@@ -329,9 +329,6 @@ class LoraLib(System):
     def unmerge(self) -> None:
         self.module.train()
 
-    def switcher(self, count: int) -> Callable[[int], object]:
-        return _switch_by_loading(self, count)
-
 
 class Lycoris(System):
     """LyCORIS' LoCon, which is LoRA on Linear layers and convolutions."""
@@ -396,9 +393,6 @@ class Lycoris(System):
         for lora in self.network.loras:
             lora.apply_to()
 
-    def switcher(self, count: int) -> Callable[[int], object]:
-        return _switch_by_loading(self, count)
-
 
 #: GIFt and the libraries that it is compared with.
 PEERS: tuple[type[System], ...] = (Gift, Peft, LoraLib, Lycoris)
@@ -418,16 +412,6 @@ def without_adapter(model: nn.Module, embedding: str | None) -> nn.Module:
     if embedding is not None:
         model.get_submodule(embedding).register_forward_hook(lambda _module, _args, output: output.requires_grad_())
     return model
-
-
-def _switch_by_loading(system: System, count: int) -> Callable[[int], object]:
-    # these libraries hold one adapter: another one is loaded over it
-    factors = {factor.data_ptr() for pair in system.pairs().values() for factor in pair}
-    states = [
-        {key: value * (1 + i / count) if value.data_ptr() in factors else value.clone() for key, value in system.state_dict().items()}
-        for i in range(count)
-    ]
-    return lambda i: system.load_state_dict(states[i])
 
 
 def _parameter(layer: nn.Module, name: str) -> nn.Parameter:

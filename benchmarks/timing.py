@@ -2,7 +2,7 @@
 
 In a round every case runs once, and each round starts with another case, so that a busy moment of the machine falls on all of them.
 A ratio is taken within a round; its median over the rounds, with its quartiles, is the figure. Cases of which no bar speaks run in the
-first rounds alone: the time goes to the others.
+first round alone: the time goes to the others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 #: A sample shorter than this repeats its case, so that the clock's own noise stays small.
 SHORTEST_SAMPLE = 0.002
 
-#: In so many rounds, the first ones, a case runs that runs seldom.
-SELDOM = 2
+#: So many rounds, the first, have the cases that run seldom.
+SELDOM = 1
 
 #: Seconds or other numbers by system; position i of each list is round i, and None where the system did not run in it.
 Samples = Mapping[str, Sequence[float | None]]

@@ -56,5 +56,5 @@ def _measure(name: str, systems: list[System], make: Callable[[System, Path], Ca
 
 
 def _record(name: str, cases: dict[str, Case], settings: Settings, record: Record) -> None:
-    samples = interleave(cases, settings.budget(3))
+    samples = interleave(cases, settings.budget(2))
     record.add(name, "s", samples | {"ten times few": [seconds and 10 * seconds for seconds in samples["few"]]})

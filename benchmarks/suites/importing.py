@@ -24,7 +24,7 @@ PROGRAM = "import time, torch; start = time.perf_counter(); {}; print((time.perf
 
 def tasks(settings: Settings) -> list[Task]:
     """One task for all of them."""
-    return [Task("import", 30, partial(measure, 2 if settings.quick else 5))]
+    return [Task("import", 30, partial(measure, 2 if settings.quick else 4))]
 
 
 def measure(rounds: int, record: Record) -> None:

@@ -61,7 +61,7 @@ def measure(name: str, make: Callable[[System, Path], Case], model: Model, setti
                 cases.pop(kind.name, None)
                 reasons[kind.name] = str(error)
         record.leave_out(name, reasons)
-        record.add(name, "s", interleave(cases, settings.budget(5), BESIDE))
+        record.add(name, "s", interleave(cases, settings.budget(4), BESIDE))
 
 
 def round_trip(system: System, path: Path) -> Case:
