@@ -366,7 +366,9 @@ def _is_traced_symbolically() -> bool:
     """Whether `torch.fx.symbolic_trace` or the like runs, and not what traces the operators themselves, as ``make_fx`` does."""
     if torch.compiler.is_compiling() or not _fx_traces():
         return False
-    return torch.fx.experimental.proxy_tensor.get_proxy_mode() is None
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # not loaded by every torch
+
+    return get_proxy_mode() is None
 
 
 def _merged_name(name: str) -> str:
