@@ -153,6 +153,38 @@ def test_every_way_gives_the_same_numbers(name, dtype, tolerance):
         assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_dropout_is_that_of_two_convolutions(name):
+    """With one seed, numbers and gradients are those of the frozen layer plus the update of what torch's dropout leaves."""
+    layer, tensors = of_size(name, torch.float64)
+    input, lora_A, lora_B = tensors
+
+    torch.manual_seed(1)
+    got = with_gradients(tuned(layer, *tensors, dropout=0.3), tensors)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(input, 0.3)
+    update = SCALING * (lora_B @ lora_A).view(layer.weight.shape)
+    given = torch.func.functional_call(layer, {"weight": update, "bias": torch.zeros_like(layer.bias)}, (dropped,))
+    expected = with_gradients(layer(input) + given, tensors)
+
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_factors_in_single_precision_on_a_layer_in_half(name):
+    """Numbers and gradients are the oracle's within the rounding of the layer's precision, those of the factors in their own dtype."""
+    layer, (input, *factors) = of_size(name, torch.bfloat16)
+    tensors = (input, *(factor.detach().float().requires_grad_() for factor in factors))
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
+
+    got = with_gradients(tuned(layer, *tensors), tensors)
+    expected = with_gradients(oracle(layer.double(), *exact), exact)
+
+    assert [each.dtype for each in got] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine.double() - theirs).abs().max() <= 2e-2 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("name", SIZES)
 def test_an_empty_batch(name, dropout):
