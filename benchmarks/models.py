@@ -216,6 +216,20 @@ def _unet() -> nn.Module:
     )
 
 
+def _language_model(
+    name: str,
+    about: str,
+    build: Callable[[int], nn.Module],
+    layers: int,
+    batch: Callable[[], Batch],
+    embedding: str,
+    checked: int | None = None,
+) -> Model:
+    """A model of so many layers that says the next token; equality is ``checked`` on fewer of them, if that is given."""
+    model = Model(name, about, 8, lambda: build(layers), batch, _next_token, leave=("lm_head",), embedding=embedding)
+    return model if checked is None else replace(model, checked=replace(model, build=lambda: build(checked)))
+
+
 TABLE = (
     Model("resnet18", "torchvision, 96 px, batch 8, every layer", 3, lambda: _torchvision("resnet18"), _images(96, 8), _classified),
     Model("resnet50", "torchvision, 96 px, batch 4, every layer", 3, lambda: _torchvision("resnet50"), _images(96, 4), _classified),
@@ -228,42 +242,36 @@ TABLE = (
         _classified,
         leave=("head", "patch_embed.proj"),
     ),
-    Model(
+    _language_model(
         "Llama 4x512",
         "transformers, 4 layers of 512, 256 tokens, Linear layers except the head",
-        8,
-        lambda: _llama(512, 4, 1376, 1000),
+        lambda layers: _llama(512, layers, 1376, 1000),
+        4,
         _tokens(2, 128, 1000),
-        _next_token,
-        leave=("lm_head",),
-        embedding="model.embed_tokens",
+        "model.embed_tokens",
     ),
     mlp(600),
 )
 
-_GPT2 = Model(
-    "GPT-2 124M",
-    "transformers, the smallest GPT-2, 64 tokens, its Conv1D layers; equality is checked on two of its twelve blocks",
-    8,
-    lambda: _gpt2(12),
-    _tokens(1, 64, 50257),
-    _next_token,
-    leave=("lm_head",),
-    embedding="transformer.wte",
-)
-_LLAMA = Model(
-    "Llama 110M",
-    "transformers, 12 layers of 768, 64 tokens, Linear layers except the head; equality is checked on two of them",
-    8,
-    lambda: _llama(768, 12, 2048, 16000),
-    _tokens(1, 64, 16000),
-    _next_token,
-    leave=("lm_head",),
-    embedding="model.embed_tokens",
-)
 LARGE = (
-    replace(_GPT2, checked=replace(_GPT2, build=lambda: _gpt2(2))),
-    replace(_LLAMA, checked=replace(_LLAMA, build=lambda: _llama(768, 2, 2048, 16000))),
+    _language_model(
+        "GPT-2 124M",
+        "transformers, the smallest GPT-2, 64 tokens, its Conv1D layers; equality is checked on two of its twelve blocks",
+        _gpt2,
+        12,
+        _tokens(1, 64, 50257),
+        "transformer.wte",
+        checked=2,
+    ),
+    _language_model(
+        "Llama 110M",
+        "transformers, 12 layers of 768, 64 tokens, Linear layers except the head; equality is checked on two of them",
+        lambda layers: _llama(768, layers, 2048, 16000),
+        12,
+        _tokens(1, 64, 16000),
+        "model.embed_tokens",
+        checked=2,
+    ),
 )
 
 #: Chosen before anyone saw how fast they are, and not tuned for since.

@@ -41,11 +41,11 @@ def measure(model: Model, seconds: float, settings: Settings, record: Record) ->
     modules: dict[str, nn.Module] = {BASE: model.make().eval()}
     with torch.no_grad():
         for kind, states in STATES:
-            expected: list[Tensor] = []  # by the formula, once for all states
+            expected: Tensor | None = None  # by the formula, once for all states
             for state in states:
                 label = f"{kind.name} {state}"
                 try:
-                    modules[label] = in_state(model, kind, state, expected)
+                    modules[label], expected = in_state(model, kind, state, expected)
                 except (Unsupported, NotEqual) as error:
                     reasons[label] = str(error)
         record.leave_out(f"eval/{model.name}", reasons)
@@ -54,14 +54,14 @@ def measure(model: Model, seconds: float, settings: Settings, record: Record) ->
         record.add(f"eval/{model.name}", "s", interleave(cases, settings.budget(seconds, least=8), cases.keys() - judged))
 
 
-def in_state(model: Model, kind: type[System], state: str, expected: list[Tensor]) -> nn.Module:
-    """A system in a state, once its answer is the formula's.
+def in_state(model: Model, kind: type[System], state: str, expected: Tensor | None) -> tuple[nn.Module, Tensor]:
+    """A system in a state, whose answer is the formula's, and that answer.
 
     Args:
         model: the model.
         kind: the system.
         state: one of its `STATES`.
-        expected: holds the formula's answer for this system; empty before the first state, which puts it there.
+        expected: the formula's answer for this system, if another state of it gave it already.
 
     Raises:
         NotEqual: if it is not.
@@ -74,13 +74,13 @@ def in_state(model: Model, kind: type[System], state: str, expected: list[Tensor
         system.merge()
     elif state == "unloaded":
         module = system.unload().eval()
-    if not expected:
+    if expected is None:
         plain = model.make().eval()
-        expected.append(model.loss(with_weights(plain, effective_weights(plain, factors, system.setting)), model.draw()))
-    difference = differs_by(model.loss(module, model.draw()), expected[0])
+        expected = model.loss(with_weights(plain, effective_weights(plain, factors, system.setting)), model.draw())
+    difference = differs_by(model.loss(module, model.draw()), expected)
     if not difference <= TOLERANCE:
         raise NotEqual(f"{state}: the answer differs from the formula's by {difference:.1e}")
-    return module
+    return module, expected
 
 
 def _answering(model: Model, module: nn.Module) -> Callable[[object], Tensor]:

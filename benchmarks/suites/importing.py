@@ -31,7 +31,7 @@ def measure(rounds: int, record: Record) -> None:
     """Import each library in an interpreter of its own; those of which no bar speaks once, because some take seconds."""
     installed = [name for name in STATEMENTS if importlib.util.find_spec(MODULES[name]) is not None]
     record.leave_out("import", {name: f"{MODULES[name]} is not installed" for name in STATEMENTS if name not in installed})
-    milliseconds(STATEMENTS["GIFt"])  # the file cache is warm from here on; the other suites have warmed it for the peers
+    milliseconds(STATEMENTS["GIFt"])  # the file cache is warm from here on; for the peers it is if other suites ran before
     samples = {
         name: [milliseconds(STATEMENTS[name]) if name == "GIFt" or done == 0 else None for done in range(rounds)] for name in installed
     }
