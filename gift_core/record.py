@@ -79,11 +79,11 @@ class Tuning:
         report: what enabling did.
         changes: the structural changes to undo.
         flags: every original parameter's ``requires_grad``, as (module, name, flag).
-        originals: values before tuning of what training moves: kept parameters and buffers.
+        originals: values before tuning of what moves: parameters that train or that torch rescales as it reads them, and buffers.
         adapter: keys of the tensors that tuning added, trainable or not. ``trained`` are all trainable keys; ``frozen`` the rest of
             the base's parameters; ``statistics`` the buffers of normalisation layers; ``buffers`` other persistent buffers.
         modules: what `walk_modules` gave of the model when it had been enabled.
-        has_originals: False when ``keep_originals=False`` left the values of kept parameters out.
+        has_originals: False when ``keep_originals=False`` left the values of parameters that move out.
         merged: whether weights are merged. ``paused``: whether `tuning_disabled` is active. ``full``: whether state dicts hold all.
         provider: distribution and version of the strategy's plugin, once a save has looked them up; None before.
         governor: a weak reference to the set of adapters that this one belongs to. A copy or pickle of the model belongs to none,

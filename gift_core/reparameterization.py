@@ -358,8 +358,10 @@ def _is_autocasting(device: str) -> bool:
     return knows and torch.is_autocast_enabled(device)
 
 
-#: Private to torch, so that a version without it must not break us: tracing there is as silent as torch makes it.
-_fx_traces: Callable[[], bool] = getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", lambda: False)
+#: Private to torch, and of another name in its older versions.
+_fx_traces: Callable[[], bool] = (
+    getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", None) or torch.fx._symbolic_trace.is_fx_tracing
+)
 
 
 def _is_traced_symbolically() -> bool:

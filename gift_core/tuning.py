@@ -69,8 +69,8 @@ def enable_fine_tuning(
         replace_parameter_function: let ``module.parameters()`` give only the trained part, frozen just now or not.
             `torch.optim.swa_utils.AveragedModel` pairs the parameters of a model with those of its copy and needs it off.
         trainable_state_dict: let ``module.state_dict()`` hold only the trained part, and ``load_state_dict`` take it back.
-        keep_originals: copy the values of parameters that stay trainable, so that `disable_fine_tuning` can restore them. False saves
-            that memory when a large model is trained in full.
+        keep_originals: copy the values of parameters that stay trainable, and of embeddings with ``max_norm``, into which torch writes
+            as it reads, so that `disable_fine_tuning` can restore them. False saves that memory when a large model is trained in full.
 
     Returns:
         What was done: counts before and after, and what each cap matched.
@@ -133,7 +133,7 @@ def disable_fine_tuning(module: nn.Module) -> nn.Module:
         The model, for convenience.
 
     Raises:
-        StateError: if it is not tuned, or was enabled with ``keep_originals=False`` while its own parameters trained.
+        StateError: if it is not tuned, or was enabled with ``keep_originals=False`` while its own parameters moved.
     """
     root = tuned_root(module)
     tuning = tuning_of(root)
@@ -183,7 +183,7 @@ def _pause(module: nn.Module) -> tuple[Tuning, Snapshot]:
             "the original values were not kept (keep_originals=False), so the base model cannot be computed: load it again."
         )
     if any(is_sharded(tensor) for original in tuning.originals if (tensor := original.current()) is not None):
-        raise StateError("parameters of the base train and are sharded, so they cannot be exchanged: compute the base model on a copy.")
+        raise StateError("parameters of the base move and are sharded, so they cannot be exchanged: compute the base model on a copy.")
     tuned = take_snapshot(root)
     if tuning.merged:
         for _, adopted in adopted_modules(root):

@@ -17,7 +17,7 @@ NOT_REACHED: list[tuple[str, str, str]] = [
     ("gift_core/distributed.py", "is sharded already", _SHARDED),
     ("gift_core/merging.py", "is sharded or packed", _SHARDED),
     ("gift_core/reparameterization.py", "is sharded: ", _SHARDED),
-    ("gift_core/tuning.py", "parameters of the base train and are sharded", _SHARDED),
+    ("gift_core/tuning.py", "parameters of the base move and are sharded", _SHARDED),
     ("gift_core/tuning.py", "is sharded: ", _SHARDED),
     ("gift_core/tuning.py", "is sharded by FSDP already", _SHARDED),
     ("gift_core/reparameterization.py", "NotImplementedError", _ABSTRACT),
