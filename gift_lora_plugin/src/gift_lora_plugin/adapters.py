@@ -17,7 +17,7 @@ from gift_lora_plugin.combined_strategy import combined_strategy, difference_of
 from gift_lora_plugin.combining import METHODS, REAL_ONLY, SAME_RANK, Factors, Update, combine_parameters
 from gift_lora_plugin.lora import LoRA
 from gift_lora_plugin.mixture import Mixture, Survey
-from gift_lora_plugin.parameters import is_number
+from gift_lora_plugin.parameters import LARGEST, is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _check(weights: Mapping[str, float], method: str, rank: int | None, density:
         raise ParameterError(f'weights must name at least one adapter, as in {{"a": 0.7, "b": 0.3}}, got {weights!r}.')
     for name, weight in weights.items():
         if not is_number(weight):
-            raise ParameterError(f"the weight of {name!r} must be a finite number, got {weight!r}.")
+            raise ParameterError(f"the weight of {name!r} must be a finite number of at most {LARGEST:.2g}, got {weight!r}.")
     if rank is not None and (method != "svd" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ParameterError(f"rank is a whole number from 1 up, for method 'svd' alone, got {rank!r} for {method!r}.")
     if not (is_number(density) and 0 < density <= 1):

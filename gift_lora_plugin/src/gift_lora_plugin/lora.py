@@ -142,7 +142,8 @@ class LoRA(Reparameterization):
             self.register_parameter("lora_magnitude", nn.Parameter(settings.layout.output_norms(self._constant_direction(weight))))
 
     def unsaved(self) -> str | None:
-        if self.lora_settings == (self.lora_settings.given or self.lora_settings):
+        given = self.lora_settings.given
+        if given is None or given == self.lora_settings:
             return None
         return (
             "its lora_scaling, lora_dropout or another setting was set on the layer itself, and a file holds what the strategy says: "

@@ -8,7 +8,7 @@ from torch import nn
 
 from gift_core.errors import ModelError, ParameterError, StateError
 from gift_lora_plugin.lora import LoRA
-from gift_lora_plugin.parameters import is_number
+from gift_lora_plugin.parameters import LARGEST, is_number
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -42,7 +42,7 @@ def lora_plus_param_groups(
     """
     for name, value in (("lr", lr), ("ratio", ratio), ("embedding_lr", 1.0 if embedding_lr is None else embedding_lr)):
         if not is_number(value) or value <= 0:
-            raise ParameterError(f"{name} must be a finite number above zero, got {value!r}.")
+            raise ParameterError(f"{name} must be a finite number above zero, got {value!r}; the largest allowed is {LARGEST:.2g}.")
     if not isinstance(model, nn.Module):
         raise ModelError(f"lora_plus_param_groups needs a tuned torch.nn.Module, got {type(model).__name__}: pass the model itself.")
     kinds = _kinds(model, split_embeddings=embedding_lr is not None)

@@ -57,7 +57,7 @@ def _check_rules(name: str, rules: object) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that torch can multiply a tensor by."""
+    """Whether a value is a number by which torch can multiply a tensor of any dtype; no NaN, no infinity."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
@@ -78,7 +78,7 @@ _TRUTH: tuple[Callable[[Any], bool], str] = (lambda value: isinstance(value, boo
 
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": (lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number from 1 up"),
-    "lora_alpha": (lambda value: value is None or is_number(value), "a finite number or None for the rank"),
+    "lora_alpha": (lambda value: value is None or is_number(value), "a finite number of at most 3.4e38, or None for the rank"),
     "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
     "train_bias": _TRUTH,
     "conv_layout": _one_of(CONV_LAYOUTS),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gift_core.errors import AdapterFileError, AdapterFormatError, ParameterError
+from gift_lora_plugin.parameters import is_number
 from gift_lora_plugin.peft_problems import as_lines
 
 #: ``re.escape`` of our names plus ``^``; a longer key is refused.
@@ -88,7 +89,7 @@ def keys_to_ignore(ignore: object) -> frozenset[str]:
     Raises:
         ParameterError: if they are anything else.
     """
-    keys = [ignore] if isinstance(ignore, str) else list(ignore) if isinstance(ignore, Iterable) else [ignore]
+    keys: list[Any] = list(ignore) if isinstance(ignore, Iterable) and not isinstance(ignore, str) else [ignore]
     if not all(isinstance(key, str) for key in keys):
         raise ParameterError(f"ignore must be a key of PEFT's configuration, or a list of keys, got {_shown(ignore)}.")
     return frozenset(keys)
@@ -333,7 +334,7 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63 and math.isfinite(value)
+    return is_number(value) and abs(value) < 2**63  # type: ignore[arg-type]
 
 
 def _is_rank(value: object) -> bool:
