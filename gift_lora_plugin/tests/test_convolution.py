@@ -222,16 +222,18 @@ def test_a_pointwise_convolution_goes_back_to_its_input_by_products(images, side
 
 
 def test_a_gradient_in_another_order_goes_back_by_torchs_own():
-    """So that the gradient of the input has the order in memory that torch's kernels for it give."""
+    """So that the gradient of an input in channels-last order is in that order, as torch's kernels for it give it."""
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, 1).double().requires_grad_(False)
-    tensors = draw(layer, "out_as_h")
+    input, *factors = draw(layer, "out_as_h")
+    tensors = (input.detach().to(memory_format=torch.channels_last).requires_grad_(), *factors)
     last = torch.randn(2, 6, 7, 7, dtype=torch.float64).to(memory_format=torch.channels_last)
 
     got, expected = (torch.autograd.grad(made(layer, *tensors), tensors, last) for made in (tuned, oracle))
 
     torch.testing.assert_close(got, expected)
     assert got[0].stride() == expected[0].stride()
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", SIZES)
